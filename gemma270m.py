@@ -11,7 +11,6 @@ H query heads, G key/value heads (n_kv_groups), D head_dim, V vocab_size, W slid
 """
 import argparse
 import contextlib
-import csv
 import functools
 import inspect
 import json
@@ -32,20 +31,16 @@ from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 # ---- configuration -----------------------------------------------------------------------------------
-
-
 def require(condition, message):
     """Raises ValueError(message) unless the condition holds."""
     if not condition:
         raise ValueError(message)
-
 
 def require_positive(config, or_zero=()):
     """Raises ValueError naming the first number of a config that is not positive and finite."""
     for name, value in vars(config).items():
         if type(value) in (int, float):
             require(0 < value < math.inf or value == 0 and name in or_zero, f"{name} cannot be {value}")
-
 
 @dataclass
 class GemmaConfig:
@@ -73,19 +68,15 @@ class GemmaConfig:
 
     @property
     def layer_types(self) -> list[str]:
-        return ["sliding_attention" if (i + 1) % self.full_attention_every else "full_attention"
-                for i in range(self.n_layers)]
+        full = range(self.full_attention_every - 1, self.n_layers, self.full_attention_every)
+        return ["full_attention" if i in full else "sliding_attention" for i in range(self.n_layers)]
 
-
-PRESETS = {  # what differs from the defaults of GemmaConfig and TrainConfig
-    "270m": {"model": {}, "train": {}},
-    "tiny": {
-        "model": dict(context_length=4_096, emb_dim=192, n_layers=6, n_heads=4, head_dim=48, hidden_dim=512,
-                      sliding_window=128, full_attention_every=3, query_pre_attn_scalar=48),
-        "train": dict(batch_size=8, grad_accum=1, block_size=512, max_iters=600, warmup_iters=50, lr=3e-3,
-                      eval_interval=200, eval_tokens=32_768, log_interval=20)},
+PRESETS = {  # sets of flags; any flag given beside --preset wins
+    "270m": {},
+    "tiny": dict(emb_dim=256, n_layers=4, n_heads=2, head_dim=64, hidden_dim=512, sliding_window=128,
+                 full_attention_every=2, query_pre_attn_scalar=64, batch_size=4, grad_accum=1, max_iters=600,
+                 warmup_iters=50, lr=3e-3, eval_interval=200, eval_tokens=32_768, log_interval=20),
 }
-
 
 @dataclass
 class TrainConfig:
@@ -115,74 +106,56 @@ class TrainConfig:
     checkpoint_activations: bool = False  # recompute blocks in the backward pass: less memory, more time
 
     def __post_init__(self):
-        self.min_lr = self.lr / 10 if self.min_lr is None else self.min_lr
-        require_positive(self, ("warmup_iters", "min_lr", "beta1", "beta2", "weight_decay", "grad_clip", "seed"))
-        require(self.min_lr <= self.lr, f"min_lr {self.min_lr} exceeds lr {self.lr}")
-        require(max(self.beta1, self.beta2) < 1, "beta1 and beta2 must be below 1")
-        require(self.max_iters >= self.grad_accum, f"max_iters {self.max_iters} is less than one step, grad_accum")
+        require_positive(self, "warmup_iters min_lr beta1 beta2 weight_decay grad_clip seed".split())
+        require(self.min_lr is None or self.min_lr <= self.lr, f"min_lr {self.min_lr} exceeds lr {self.lr}")
+        require(self.beta1 < 1 and self.beta2 < 1, f"beta1 {self.beta1} or beta2 {self.beta2} is not below 1")
+        require(self.max_iters >= self.grad_accum, f"max_iters {self.max_iters} is less than one step")
         require(self.preset in ("auto", *PRESETS), f"preset must be auto, {' or '.join(PRESETS)}")
-        require(self.dtype in ("auto", "bfloat16", "float16", "float32"), "dtype must be auto, bfloat16, "
-                                                                          "float16 or float32")
-
+        require(self.dtype in ("auto", "bfloat16", "float16", "float32"), f"dtype cannot be {self.dtype}")
 
 # ---- layers ------------------------------------------------------------------------------------------
-
-
 def compute_dtype(x):
     """The dtype in which matrix products on x run: autocast's where it is on, otherwise that of x."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
-
 class RMSNorm(nn.Module):
     """Scales each vector to root mean square 1, then by 1 + weight. (..., dim) -> the same, in x's dtype.
-
-    Zhang and Sennrich 2019 (arXiv 1910.07467). In float32 throughout: bfloat16 cannot tell 1 from 1.003.
-    """
-
+    Zhang and Sennrich 2019 (arXiv 1910.07467). In float32 throughout: bfloat16 cannot tell 1 from 1.003."""
     def __init__(self, dim, eps=1e-6):
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.zeros(dim))
+        self.eps, self.weight = eps, nn.Parameter(torch.zeros(dim))
 
     def forward(self, x):
         y = x.float()
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return (y * (1.0 + self.weight.float())).type_as(x)
 
-
 def rope_tables(length, head_dim, base, device=None):
     """Cosine and sine of the angle p / base^(2i/D) of position p and pair i. -> (2, length, D/2), float32
-
-    Su et al. 2021 (arXiv 2104.09864), section 3.2. In bfloat16 the positions above 256 would collide.
-    """
+    Su et al. 2021 (arXiv 2104.09864), section 3.2. In bfloat16 the positions above 256 would collide."""
     frequency = 1.0 / base ** (torch.arange(0, head_dim, 2, device=device).float() / head_dim)
     angle = torch.outer(torch.arange(length, device=device).float(), frequency)  # (length, D/2)
     return torch.stack((angle.cos(), angle.sin()))
 
-
 def apply_rope(x, rope):
-    """Turns each pair (x[i], x[i + D/2]) by the angle of its position. x (B, H, T, D), rope (2, T, D/2) -> as x"""
+    """Turns each pair (x[i], x[i + D/2]) by its position's angle. x (B, H, T, D), rope (2, T, D/2) -> as x"""
     cos, sin = rope
     x1, x2 = x.float().chunk(2, dim=-1)  # Gemma pairs the halves, not neighbours
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
 
-
 def grouped_attention(q, k, v, scale, mask=None, is_causal=False):
-    """Softmax attention; every H / G query heads share one k and v. q (B, H, T, D), k, v (B, G, S, D) -> as q"""
+    """Softmax attention; H / G query heads share each k and v. q (B, H, T, D), k, v (B, G, S, D) -> as q"""
     flash = (q.is_cuda and mask is None and q.dtype != torch.float32
              and torch.cuda.get_device_capability(q.device) >= (8, 0))
     if not flash:  # the other kernels want H heads: a view for one key/value head, a copy for more
         k, v = (t.unsqueeze(2).expand(-1, -1, q.size(1) // t.size(1), -1, -1).flatten(1, 2) for t in (k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=flash)
 
-
 def sliding_window_attention(q, k, v, window, scale):
     """Causal attention to the last `window` keys, the own one included, in memory linear in T.
-
-    q (B, H, T, D), k, v (B, G, T, D) -> as q. Beltagy et al. 2020 (arXiv 2004.05150), section 3.1: in blocks as
-    long as the window, a query sees no key outside its own block and the one before, through the same mask.
-    """
+    q (B, H, T, D), k, v (B, G, T, D) -> as q. Beltagy et al. 2020 (arXiv 2004.05150), section 3.1. In blocks
+    as long as the window, a query sees no key outside its own block and the one before: one mask fits all."""
     B, T = q.size(0), q.size(2)
     if T <= window:
         return grouped_attention(q, k, v, scale, is_causal=True)
@@ -190,35 +163,32 @@ def sliding_window_attention(q, k, v, window, scale):
                for t in (q, k, v))  # (B, n, heads, W, D) in n blocks
     first = grouped_attention(q[:, 0], k[:, 0], v[:, 0], scale, is_causal=True)  # (B, H, W, D)
     k, v = (torch.cat((t[:, :-1], t[:, 1:]), dim=3).flatten(0, 1) for t in (k, v))  # (B * (n - 1), G, 2W, D)
-    age = torch.arange(window, 2 * window, device=q.device)[:, None] - torch.arange(2 * window, device=q.device)
+    place = torch.arange(2 * window, device=q.device)
+    age = place[window:, None] - place  # (W, 2W), of each key, seen from each query
     rest = grouped_attention(q[:, 1:].flatten(0, 1), k, v, scale, mask=(age >= 0) & (age < window))
     out = torch.cat((first[:, None], rest.unflatten(0, (B, -1))), dim=1)  # (B, n, H, W, D)
     return out.transpose(1, 2).flatten(2, 3)[:, :, :T]
 
-
 class KVCache:
     """Keys and values of the positions so far, for decoding without computing them again.
-
-    A full layer keeps max_length positions, a sliding layer a ring of sliding_window: position p lies in slot
-    p % W. `length`, the number of positions so far, is a tensor so that decoding never waits for the device.
-    """
-
+    A full layer keeps max_length positions, a sliding layer a ring of W in which position p has slot p % W.
+    `length`, the positions so far, is a tensor, so that decoding never waits for the device."""
     def __init__(self, config, batch_size, max_length, device=None, dtype=torch.float32):
         self.length = torch.zeros((), dtype=torch.long, device=device)
-        self.sizes = [min(max_length, config.sliding_window) if kind == "sliding_attention" else max_length
-                      for kind in config.layer_types]
+        sizes = (min(max_length, config.sliding_window) if kind == "sliding_attention" else max_length
+                 for kind in config.layer_types)
         self.layers = [torch.zeros(2, batch_size, config.n_kv_groups, size, config.head_dim, dtype=dtype,
-                                   device=device) for size in self.sizes]
+                                   device=device) for size in sizes]
 
     def attend(self, layer, q, k, v, window, scale):
         """Stores the keys and values of T new positions and attends to all that is visible. -> as q"""
-        T, store, size = q.size(2), self.layers[layer], self.sizes[layer]
+        T, store, size = q.size(2), self.layers[layer], self.layers[layer].size(3)
         new = torch.stack((k, v))  # (2, B, G, T, D)
         positions = self.length + torch.arange(T, device=q.device)
         if T == 1:
             store.index_copy_(3, positions % size, new)
-            visible = torch.arange(size, device=q.device) <= positions  # in any order: RoPE has marked the keys
-            return grouped_attention(q, *store, scale, mask=visible[None])
+            filled = torch.arange(size, device=q.device) <= positions  # RoPE marked the keys: order is free
+            return grouped_attention(q, *store, scale, mask=filled[None])
         end = int(self.length)
         old = torch.arange(max(0, end - size), end, device=q.device)
         k, v = torch.cat((store[:, :, :, old % size], new), dim=3)  # (B, G, S, D), in order
@@ -226,10 +196,8 @@ class KVCache:
         store.index_copy_(3, positions[-size:] % size, new[:, :, :, -size:])
         return sliding_window_attention(q, k, v, window, scale)[:, :, len(old):]
 
-
 class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245) with normalised queries and keys. (B, T, E) -> (B, T, E)"""
-
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.head_dim, self.scale = layer, config.head_dim, config.query_pre_attn_scalar ** -0.5
@@ -248,16 +216,12 @@ class Attention(nn.Module):
         q = apply_rope(self.q_norm(q).transpose(1, 2), rope)  # (B, H, T, D)
         k = apply_rope(self.k_norm(k).transpose(1, 2), rope)  # (B, G, T, D)
         v = v.transpose(1, 2)
-        if cache is None:
-            out = sliding_window_attention(q, k, v, self.window, self.scale)
-        else:
-            out = cache.attend(self.layer, q, k, v, self.window, self.scale)
+        attend = functools.partial(cache.attend, self.layer) if cache else sliding_window_attention
+        out = attend(q, k, v, self.window, self.scale)  # (B, H, T, D)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, H * D) -> (B, T, E)
-
 
 class FeedForward(nn.Module):
     """Feed-forward layer gated by a tanh-GELU (GeGLU, arXiv 2002.05202). (B, T, E) -> (B, T, E)"""
-
     def __init__(self, config):
         super().__init__()
         self.gate_proj = nn.Linear(config.emb_dim, config.hidden_dim, bias=False)
@@ -267,10 +231,8 @@ class FeedForward(nn.Module):
     def forward(self, x):
         return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
 
-
 class Block(nn.Module):
     """Attention, then feed-forward, each between two norms. (B, T, E) -> (B, T, E)"""
-
     def __init__(self, config, layer):
         super().__init__()
         self.self_attn = Attention(config, layer)
@@ -284,21 +246,10 @@ class Block(nn.Module):
         x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rope, cache))
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
-
-def summed_loss(x, head, targets):
-    """Sum of the cross-entropies of x @ head.T, -1 targets left out. (N, E), (V, E), (N,) -> scalar"""
-    return F.cross_entropy(F.linear(x, head).float(), targets, ignore_index=-1, reduction="sum")
-
-
 # ---- model -------------------------------------------------------------------------------------------
-
-
 class Gemma(nn.Module):
     """Gemma 3: model(tokens) -> logits (B, T, V); model(tokens, targets) -> mean cross-entropy, a scalar.
-
-    tokens, targets: (B, T) integers; targets of -1 are ignored. Raises ValueError if T exceeds the context.
-    """
-
+    tokens, targets: (B, T); targets of -1 are ignored. Raises ValueError if T exceeds the context."""
     def __init__(self, config):
         super().__init__()
         self.config, self.checkpoint_activations = config, False
@@ -308,33 +259,30 @@ class Gemma(nn.Module):
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
         for name, weight in self.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                nn.init.zeros_(weight)  # every block starts as the identity and learns faster for it
-            elif weight.ndim == 2:
-                nn.init.normal_(weight, std=0.02)
+            if weight.ndim == 2:  # norms undo the scale of the matrices in a block: small ones turn faster
+                nn.init.normal_(weight, std=config.emb_dim ** -0.5 if name.startswith("embed") else 0.005)
         self._apply(lambda tensor: tensor)  # makes the RoPE tables
 
     def _apply(self, fn, recurse=True):
         """Moves or casts the model, except its RoPE tables: they are made anew and stay in float32."""
         super()._apply(fn, recurse)
-        c, device = self.config, self.embed_tokens.weight.device
-        self.rope = {"sliding_attention": rope_tables(c.context_length, c.head_dim, c.rope_local_base, device),
-                     "full_attention": rope_tables(c.context_length, c.head_dim, c.rope_base, device)}
+        bases = {"sliding_attention": self.config.rope_local_base, "full_attention": self.config.rope_base}
+        make = functools.partial(rope_tables, self.config.context_length, self.config.head_dim)
+        self.rope = {kind: make(base, self.head.device) for kind, base in bases.items()}
         return self
 
     @property
-    def head(self):
-        """The output matrix (V, E)."""
+    def head(self):  # (V, E)
         return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
 
     def features(self, tokens, cache=None):
         """What the output head reads. (B, T) -> (B, T, E)"""
         T = tokens.size(1)
-        require(T <= self.config.context_length, f"{T} tokens exceed the context, {self.config.context_length}")
+        require(T <= self.config.context_length, f"{T} tokens exceed context {self.config.context_length}")
         visited = slice(T) if cache is None else cache.length + torch.arange(T, device=tokens.device)
         rope = {kind: table[:, visited] for kind, table in self.rope.items()}  # (2, T, D/2)
         x = self.embed_tokens(tokens)  # (B, T, E)
-        x = x * torch.tensor(self.config.emb_dim ** 0.5, dtype=x.dtype)  # Gemma rounds the factor to the dtype
+        x = x * torch.tensor(self.config.emb_dim ** 0.5, dtype=x.dtype)  # rounded to it, as Gemma does
         if compute_dtype(x) == torch.bfloat16:  # float16 could overflow here: its residual stream is float32
             x = x.bfloat16()
         for block, kind in zip(self.layers, self.config.layer_types):
@@ -350,18 +298,19 @@ class Gemma(nn.Module):
         x = self.features(tokens, cache)
         if targets is None:
             return F.linear(x, self.head)  # (B, T, V)
-        rows = max(1, 2 ** 27 // self.config.vocab_size)  # so that no more than 0.5 GB of logits exist at a time
-        chunks = zip(x.flatten(0, 1).split(rows), targets.flatten().split(rows))
-        total = sum(recompute(summed_loss, part, self.head, target, use_reentrant=False) for part, target in chunks)
+
+        def summed_loss(x, targets):  # (N, E), (N,) -> scalar
+            return F.cross_entropy(F.linear(x, self.head).float(), targets, ignore_index=-1, reduction="sum")
+        N = max(1, 2 ** 27 // self.config.vocab_size)  # of this many tokens, float32 logits take 0.5 GB
+        chunks = zip(x.flatten(0, 1).split(N), targets.flatten().split(N))
+        total = sum(recompute(summed_loss, *chunk, use_reentrant=False) for chunk in chunks)
         return total / (targets >= 0).sum().clamp(min=1)
 
     @torch.inference_mode()
     def stream(self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_token=None,
                generator=None):
         """Yields (B,) tokens, one position at a time, that continue tokens (B, T); temperature 0 is greedy.
-
-        Ends after max_new_tokens, or once every row has produced stop_token; until then, such rows repeat it.
-        """
+        Ends after max_new_tokens or when every row has produced stop_token, which rows repeat until then."""
         (B, T), context = tokens.shape, self.config.context_length
         require(T > 0, "the prompt is empty")
         require(T + max_new_tokens <= context, f"{T} + {max_new_tokens} tokens exceed the context, {context}")
@@ -381,25 +330,22 @@ class Gemma(nn.Module):
                 return
             tokens = new[:, None]
 
-    def generate(self, tokens, max_new_tokens, **sampling):
-        """tokens (B, T) and n <= max_new_tokens more; sampling as in stream. -> (B, T + n)"""
-        return torch.cat((tokens, *(new[:, None] for new in self.stream(tokens, max_new_tokens, **sampling))), 1)
+    def generate(self, tokens, *args, **kwargs):
+        """tokens (B, T) and the n that stream, given the same arguments, yields. -> (B, T + n)"""
+        return torch.stack((*tokens.T, *self.stream(tokens, *args, **kwargs)), dim=1)
 
     def num_parameters(self):
         """Trainable numbers; those of a tied head count once."""
         return sum(weight.numel() for weight in self.parameters())
 
     def flops_per_token(self, T):
-        """Operations of forward and backward, per token of a sequence of T tokens.
-
-        Six per weight of a matrix product (arXiv 2001.08361, section 2.1), twelve per entry of a visible key.
-        """
+        """Operations per token of forward and backward on sequences of T tokens: six per weight of a matrix
+        product (arXiv 2001.08361, section 2.1), twelve per entry of a visible key."""
         c = self.config
         spans = (min(T, c.sliding_window) if kind == "sliding_attention" else T for kind in c.layer_types)
-        keys = sum(W - W * (W - 1) / (2 * T) for W in spans)  # that a query sees on average, all layers together
+        keys = sum(W - W * (W - 1) / (2 * T) for W in spans)  # seen by the average query, over all layers
         weights = self.head.numel() + sum(w.numel() for w in self.layers.parameters() if w.ndim == 2)
         return 6 * weights + 12 * c.n_heads * c.head_dim * keys
-
 
 def sample_token(logits, temperature, top_k=None, top_p=None, generator=None):
     """Draws a token from each row of logits. (B, V) -> (B,)"""
@@ -407,46 +353,37 @@ def sample_token(logits, temperature, top_k=None, top_p=None, generator=None):
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k is not None:
-        least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.size(1))).values[:, -1:], -math.inf)
     if top_p is not None:  # nucleus sampling, arXiv 1904.09751: the fewest tokens that hold top_p together
         ordered, index = logits.sort(dim=-1, descending=True)
         p = ordered.softmax(-1)
         logits = logits.scatter(1, index, ordered.masked_fill(p.cumsum(-1) - p >= top_p, -math.inf))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
 
-
 # ---- data and schedule -------------------------------------------------------------------------------
-
-
 def load_data(folder):
-    """Memory maps of the folder's train.bin and val.bin, and the content of its meta.json. Raises ValueError."""
-    folder, maps = Path(folder), []
-    require((folder / "meta.json").is_file(), f"no data in {folder}: run python prepare.py first")
+    """Memory maps of the folder's train.bin and val.bin, and what its meta.json says. Raises ValueError."""
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        for split in ("train", "val"):
-            maps.append(np.memmap(folder / f"{split}.bin", dtype=meta["dtype"], mode="r"))
-            require(len(maps[-1]) == meta[f"{split}_tokens"], f"{split}.bin holds {len(maps[-1]):,} tokens")
+        meta = json.loads(Path(folder, "meta.json").read_text())
+        train, val = (np.memmap(Path(folder, name), meta["dtype"], "r") for name in ("train.bin", "val.bin"))
+        require(len(train) == meta["train_tokens"] and len(val) == meta["val_tokens"], "a file was cut short")
+        require(meta.keys() >= {"tokenizer", "vocab_size", "end_of_text"}, "meta.json is incomplete")
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ValueError(f"{folder} is damaged ({error}): run python prepare.py again") from None
-    return *maps, meta
-
+        raise ValueError(f"no usable data in {folder} ({error}): run python prepare.py") from None
+    return train, val, meta
 
 @functools.lru_cache(maxsize=2)
 def block_order(n_blocks, seed, epoch):
     """The order in which an epoch visits the blocks of the training data."""
     return np.random.default_rng((seed, epoch)).permutation(n_blocks)
 
-
 def training_blocks(iteration, batch_size, n_blocks, seed):
     """The blocks of one micro-batch: a function of nothing else, without repetition within an epoch."""
     sequences = range(iteration * batch_size, (iteration + 1) * batch_size)
     return [int(block_order(n_blocks, seed, i // n_blocks)[i % n_blocks]) for i in sequences]
 
-
 def get_batch(data, blocks, block_size, device):
-    """Inputs and targets, the same tokens one place apart; targets past the data's end are -1. -> 2 x (B, T)"""
+    """Inputs and targets, the same tokens one place apart; past the data's end targets are -1. 2 x (B, T)"""
     rows = np.full((len(blocks), block_size + 1), -1)
     for row, block in zip(rows, blocks):
         piece = data[block * block_size:(block + 1) * block_size + 1]
@@ -456,15 +393,14 @@ def get_batch(data, blocks, block_size, device):
         rows = rows.pin_memory().to(device, non_blocking=True)
     return rows[:, :-1].clamp(min=0), rows[:, 1:]
 
-
 def learning_rate(config, step):
     """The rate of an update: linear warm-up to lr, then a cosine that reaches min_lr in the last one."""
-    iteration, last = ((n * config.grad_accum) for n in (step + 1, config.max_iters // config.grad_accum))
+    min_lr = config.lr / 10 if config.min_lr is None else config.min_lr
+    iteration, last = (n * config.grad_accum for n in (step + 1, config.max_iters // config.grad_accum))
     if iteration < config.warmup_iters:
         return config.lr * iteration / config.warmup_iters
     progress = min(1.0, (iteration - config.warmup_iters) / max(1, last - config.warmup_iters))
-    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
-
+    return min_lr + (config.lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 @torch.no_grad()
 def evaluate(model, data, config, autocast, rank=0, world=1):
@@ -472,10 +408,9 @@ def evaluate(model, data, config, autocast, rank=0, world=1):
     blocks = math.ceil((len(data) - 1) / config.block_size)
     count = min(blocks, math.ceil(config.eval_tokens / config.block_size))
     chosen = [i * blocks // count for i in range(count)]  # spread over the whole of val.bin
-    device = model.head.device
-    total = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens
+    total = torch.zeros(2, dtype=torch.float64, device=model.head.device)  # loss, tokens
     for start in range(rank * config.batch_size, count, world * config.batch_size):
-        x, y = get_batch(data, chosen[start:start + config.batch_size], config.block_size, device)
+        x, y = get_batch(data, chosen[start:start + config.batch_size], config.block_size, total.device)
         with autocast:
             loss, tokens = model(x, y), (y >= 0).sum()
         total += torch.stack((loss * tokens, tokens))
@@ -483,68 +418,50 @@ def evaluate(model, data, config, autocast, rank=0, world=1):
         dist.all_reduce(total)
     return (total[0] / total[1]).item()
 
-
 # ---- checkpoint and log ------------------------------------------------------------------------------
-
-
 def save_checkpoint(path, state):
-    """Writes tensors and plain values beside path, then renames: path holds a whole checkpoint at any moment."""
+    """Writes tensors and plain values beside path, then renames: path is a whole checkpoint at any moment."""
     with open(f"{path}.tmp", "wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())  # the content must reach the disk before the new name does
     os.replace(f"{path}.tmp", path)
 
-
 def load_checkpoint(path):
     """What train saved, on the CPU. Raises ValueError if the file is missing, damaged or something else."""
-    require(Path(path).is_file(), f"no checkpoint at {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["model_config"] = GemmaConfig(**state["model_config"])
         state["train_config"] = TrainConfig(**state["train_config"])
     except Exception as error:  # a damaged file makes torch.load raise almost anything
-        raise ValueError(f"{path} is no checkpoint of gemma270m.py: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path} cannot be loaded as a checkpoint: {error!r:.120}") from None
     return state
-
 
 LOG_FORMAT = {"iteration": ",", "step": ",", "train_loss": ".4f", "val_loss": ".4f", "perplexity": ".1f",
               "lr": ".2e", "grad_norm": ".2f", "tokens_per_second": ",.0f", "time_left": ""}
 
-
 def write_log(path, rows):
-    """Writes the rows of the log as CSV beside path."""
-    with open(Path(path).with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, LOG_FORMAT)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def draw_log(path, rows):
-    """Draws training and validation loss as a picture beside path, if matplotlib is installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    axes = Figure(layout="constrained").subplots()
-    for name in ("train_loss", "val_loss"):
-        points = [(row["iteration"], row[name]) for row in rows if name in row]
-        axes.plot([x for x, _ in points], [y for _, y in points], label=name.replace("_", " "))
-    axes.set(xlabel="iteration", ylabel="cross-entropy, nats per token")
-    axes.legend()
-    axes.figure.savefig(Path(path).with_suffix(".png"))
-
+    """Writes the log beside the checkpoint as CSV and, after a validation, with matplotlib as a picture."""
+    table = [LOG_FORMAT, *([row.get(name, "") for name in LOG_FORMAT] for row in rows)]
+    Path(path).with_suffix(".csv").write_text("".join(",".join(map(str, row)) + "\n" for row in table))
+    with contextlib.suppress(ImportError):
+        if "val_loss" in rows[-1]:
+            from matplotlib.figure import Figure
+            axes = Figure(layout="constrained").subplots()
+            for name in ("train_loss", "val_loss"):
+                points = {row["iteration"]: row[name] for row in rows if name in row}
+                axes.plot(points.keys(), points.values(), label=name.replace("_", " "))
+            axes.set(xlabel="iteration", ylabel="cross-entropy, nats per token")
+            axes.legend()
+            axes.figure.savefig(Path(path).with_suffix(".png"))
 
 # ---- training ----------------------------------------------------------------------------------------
-
-
 def pick_device(name="auto"):
-    """A torch.device; under torchrun each process has a GPU of its own. Raises ValueError if there is none."""
+    """A torch.device; under torchrun each process has its own GPU. Raises ValueError if it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    require(name == "cpu" or name.startswith("cuda") and torch.cuda.is_available(), f"device {name} is not here")
-    return torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name)
-
+    require(name == "cpu" or name[:4] == "cuda" and torch.cuda.is_available(), f"device {name} is not here")
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
 
 def pick_dtype(name, device):
     """The dtype of matrix products, and why; weights, optimizer and loss are float32 in any case."""
@@ -558,14 +475,12 @@ def pick_dtype(name, device):
         return torch.bfloat16, "this CPU has instructions for it"
     return torch.float32, "this hardware has nothing faster"
 
-
 def train(config, model_config, state=None):
     """Trains as config says and leaves config.out; state is a checkpoint to continue.
-
-    Under torchrun each process runs this; micro-batch i of a step belongs to process i % world.
-    """
+    Under torchrun each process runs this; micro-batch i of a step belongs to process i % world."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    require(config.grad_accum % world == 0, f"grad_accum {config.grad_accum} does not divide among {world} processes")
+    accum, steps = config.grad_accum, config.max_iters // config.grad_accum
+    require(accum % world == 0, f"grad_accum {accum} cannot be divided among {world} processes")
     device = pick_device(config.device)
     dtype, reason = pick_dtype(config.dtype, device)
     train_data, val_data, meta = load_data(config.data_dir)
@@ -574,98 +489,96 @@ def train(config, model_config, state=None):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group()
     say = tqdm.write if rank == 0 else lambda line: None
-
     torch.manual_seed(config.seed)
     model = Gemma(model_config).to(device)
     model.checkpoint_activations = config.checkpoint_activations
-    groups = [{"params": [w for w in model.parameters() if w.ndim >= 2], "weight_decay": config.weight_decay},
-              {"params": [w for w in model.parameters() if w.ndim < 2], "weight_decay": 0.0}]
+    groups = [{"params": [w for w in model.parameters() if w.ndim > 1], "weight_decay": config.weight_decay},
+              {"params": [w for w in model.parameters() if w.ndim == 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    step, rows, losses = 0, [], []  # losses: of the steps since the last log line
+    step, rows, losses = 0, [], []  # losses of the steps since the last log line
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        step, rows, losses = state["iteration"] // config.grad_accum, state["rows"], state["losses"]
-    steps, step_tokens = config.max_iters // config.grad_accum, config.batch_size * config.grad_accum * config.block_size
+        scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # empty if it ran without one
+        step, rows = state["iteration"] // accum, state["rows"]
+        losses = [loss.to(device) for loss in state["losses"]]
 
     def fetch(iteration):
         blocks = training_blocks(iteration, config.batch_size, n_blocks, config.seed)
         return get_batch(train_data, blocks, config.block_size, device)
 
-    x, y = fetch(step * config.grad_accum + rank)
-    run, use_compile = model, device.type == "cuda" if config.compile is None else config.compile
-    say(f"model   {config.preset}, {model.num_parameters():,} parameters, vocabulary of {model_config.vocab_size:,}\n"
-        f"data    {config.data_dir}: {len(train_data):,} {meta['tokenizer']} tokens, {len(val_data):,} to validate\n"
-        f"run     {config.max_iters:,} iterations = {steps:,} steps of {step_tokens:,} tokens = "
+    x, y = fetch(step * accum + rank)
+    step_tokens = config.batch_size * accum * config.block_size
+    compiling = device.type == "cuda" if config.compile is None else config.compile
+    say(f"model   {config.preset}, {model.num_parameters():,} parameters, {model_config.vocab_size:,} words\n"
+        f"data    {config.data_dir}, {meta['tokenizer']}, {len(train_data):,} + {len(val_data):,} tokens\n"
+        f"run     {config.max_iters:,} iterations, {steps:,} steps of {step_tokens:,} tokens, "
         f"{steps * step_tokens / len(train_data):.2f} epochs\n"
         f"device  {world} x {device.type}, {str(dtype)[6:]} ({reason}), torch {torch.__version__}, "
-        f"{'compiling takes about a minute' if use_compile else 'not compiled'}\n"
+        f"{'compiling takes a minute' if compiling else 'not compiled'}\n"
         f"writes  {config.out} at each validation, {Path(config.out).with_suffix('.csv')} at each line")
-    if use_compile:
+    if config.preset == "tiny":
+        say("note    the tiny model is for a first look on a CPU; --preset 270m trains the full one")
+    run = torch.compile(model) if compiling else model
+    if compiling:
         try:
-            run = torch.compile(model)
             with autocast:
                 run(x, y).backward()
         except Exception as error:
-            say(f"warning: torch.compile failed ({str(error).splitlines()[0]}); going on without it")
+            say(f"warning: torch.compile failed ({error!r:.200}); going on without it")
             run = model
         optimizer.zero_grad()
-    if world > 1:
-        run = nn.parallel.DistributedDataParallel(run, gradient_as_bucket_view=True)
+    run = nn.parallel.DistributedDataParallel(run, gradient_as_bucket_view=True) if world > 1 else run
 
-    stopping = False
+    def log(**row):
+        row = {"iteration": step * accum, "step": step, **row}
+        say(" | ".join(f"{name.replace('_', ' ')} {value:{LOG_FORMAT[name]}}" for name, value in row.items()))
+        rows.append(row)
+        if rank == 0:
+            write_log(config.out, rows)
+
+    def save():
+        if rank == 0:
+            save_checkpoint(config.out, {
+                "model_config": asdict(model_config), "train_config": asdict(config), "data": meta,
+                "iteration": step * accum, "rows": rows, "losses": losses, "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
+
+    def validate():
+        loss = evaluate(model, val_data, config, autocast, rank, world)
+        log(val_loss=loss, perplexity=math.exp(min(loss, 700)))
+        save()
+
+    def due(interval):  # at the first step's end at or after each multiple, and at the end of the run
+        return step == steps or step * accum % interval < accum
 
     def stop(number, frame):
         nonlocal stopping
         stopping = True
         signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
 
-    def save():
-        if rank == 0:
-            save_checkpoint(config.out, {
-                "iteration": step * config.grad_accum, "rows": rows, "losses": losses, "data": meta,
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                "model_config": asdict(model_config), "train_config": asdict(config)})
-
-    def log(**row):
-        row = {"iteration": step * config.grad_accum, "step": step, **row}
-        say(" | ".join(f"{name.replace('_', ' ')} {value:{LOG_FORMAT[name]}}" for name, value in row.items()))
-        rows.append(row)
-        if rank == 0:
-            write_log(config.out, rows)
-
-    def validate():
-        loss = evaluate(model, val_data, config, autocast, rank, world)
-        log(val_loss=loss, perplexity=math.exp(min(loss, 700)))
-        if rank == 0:
-            draw_log(config.out, rows)
-        save()
-
-    def due(interval):  # at the first step's end at or after each multiple, and at the end of the run
-        return step == steps or step * config.grad_accum % interval < config.grad_accum
-
+    stopping = False
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     if not state:
         validate()
-    bar = tqdm(total=steps * config.grad_accum, initial=step * config.grad_accum, unit="it", disable=rank > 0 or None)
+    bar = tqdm(total=steps * accum, initial=step * accum, unit="it", disable=rank > 0 or None)
     clock, clocked = time.perf_counter(), step
     while step < steps:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         total = torch.zeros((), device=device)
-        for micro in range(rank, config.grad_accum, world):
-            last = micro + world >= config.grad_accum
+        for micro in range(rank, accum, world):
+            last = micro + world >= accum
             with contextlib.nullcontext() if last or world == 1 else run.no_sync():
                 with autocast:
-                    loss = run(x, y) / config.grad_accum
+                    loss = run(x, y) / accum
                 scaler.scale(loss * world).backward()  # DistributedDataParallel averages over the processes
             total += loss.detach()
-            x, y = fetch(step * config.grad_accum + micro + world)  # while the device computes
+            x, y = fetch(step * accum + micro + world)  # while the device computes
             bar.update(world)
             if stopping:
                 break
@@ -683,62 +596,55 @@ def train(config, model_config, state=None):
         if due(config.log_interval):
             seconds = (time.perf_counter() - clock) / (step - clocked)
             mean, losses = torch.stack(losses).mean().item(), []
+            left = tqdm.format_interval(seconds * (steps - step))
             log(train_loss=mean, lr=learning_rate(config, step - 1), grad_norm=norm.item(),
-                tokens_per_second=step_tokens / seconds, time_left=bar.format_interval(seconds * (steps - step)))
+                tokens_per_second=step_tokens / seconds, time_left=left)
             clock, clocked = time.perf_counter(), step
         if due(config.eval_interval):
-            pause = time.perf_counter()
             validate()
-            clock += time.perf_counter() - pause  # validation does not count in the speed
+            clock, clocked = time.perf_counter(), step  # the speed is that of training alone
     bar.close()
     if stopping:
         save()
-        say(f"stopped at iteration {step * config.grad_accum:,}; {config.out} is up to date, --resume continues it")
+        say(f"stopped at iteration {step * accum:,}; {config.out} is up to date, --resume goes on from there")
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if world > 1:
         dist.destroy_process_group()
 
-
 # ---- command line ------------------------------------------------------------------------------------
-
-
 def add_flags(parser, config_class):
     """One flag for each field of a dataclass; the comment behind the field is its help text."""
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_class), re.MULTILINE))
     for field in fields(config_class):
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
-        parser.add_argument(f"--{field.name}", help=f"{comments[field.name]} (default: {field.default})", **kind)
-
+        help = f"{comments[field.name]} (default: {field.default})"
+        parser.add_argument(f"--{field.name}", help=help, **kind)
 
 def settings(given):
     """The flags that were given -> (TrainConfig, GemmaConfig, checkpoint or None). Raises ValueError."""
+    out = given.setdefault("out", TrainConfig.out)
+    state = load_checkpoint(out) if given.get("resume") else None
+    if given.get("preset", "auto") == "auto":
+        on_gpu = pick_device(given.get("device", "auto")).type == "cuda"
+        given["preset"] = state["train_config"].preset if state else "270m" if on_gpu else "tiny"
+    given = given if state else {**PRESETS.get(given["preset"], {}), **given}
     model_given = {name: given.pop(name) for name in list(given) if name in GemmaConfig.__dataclass_fields__}
-    config, state = TrainConfig(**given), None
-    if config.resume:
-        state = load_checkpoint(config.out)
-        model_config, before = state["model_config"], state["train_config"]
-        require(replace(model_config, **model_given) == model_config and config.preset in ("auto", before.preset),
-                f"resume: {config.out} holds another model than these flags describe")
-        config = replace(before, **{**given, "preset": before.preset})
-        meta = load_data(config.data_dir)[-1]
-        require(all(meta[key] == state["data"][key] for key in ("tokenizer", "vocab_size")),
-                f"the vocabulary of {config.data_dir} is not the one that {config.out} was trained with")
+    config = replace(state["train_config"], **given) if state else TrainConfig(**given)
+    meta = load_data(config.data_dir)[-1]
+    if state:
+        model_config = replace(state["model_config"], **model_given)
+        same = model_config == state["model_config"] and config.preset == state["train_config"].preset
+        require(same, f"resume: {out} holds another model than these flags describe")
+        same = all(meta[key] == state["data"][key] for key in ("tokenizer", "vocab_size"))
+        require(same, f"resume: the data in {config.data_dir} have another vocabulary than {out}")
     else:
-        name = config.preset
-        if name == "auto":
-            name = "270m" if pick_device(config.device).type == "cuda" else "tiny"
-            if name == "tiny":
-                print("no GPU: training the tiny preset; --preset 270m trains the full model all the same")
-        config = TrainConfig(**{**PRESETS[name]["train"], **given, "preset": name})
-        meta = load_data(config.data_dir)[-1]
-        model_config = GemmaConfig(**{"vocab_size": meta["vocab_size"], **PRESETS[name]["model"], **model_given})
-    require(model_config.vocab_size >= meta["vocab_size"],
-            f"vocab_size {model_config.vocab_size} is below that of the data, {meta['vocab_size']}")
-    require(config.block_size <= model_config.context_length,
-            f"block_size {config.block_size} exceeds context_length {model_config.context_length}")
+        model_config = GemmaConfig(**{"vocab_size": meta["vocab_size"], **model_given})
+    for name, value, limit in (("vocab_size", meta["vocab_size"], model_config.vocab_size),
+                               ("block_size", config.block_size, model_config.context_length)):
+        require(value <= limit, f"{name}: {value} does not fit a model made for {limit}")
+    require(not Path(out).is_dir(), f"out: {out} is a folder")
     return config, model_config, state
-
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Trains Gemma 3 on the tokens that prepare.py wrote.",
@@ -748,11 +654,8 @@ def main(argv=None):
     add_flags(parser.add_argument_group("model"), GemmaConfig)
     try:
         train(*settings(vars(parser.parse_args(argv))))
-    except ValueError as error:
-        parser.error(error)
-    except (OSError, torch.OutOfMemoryError) as error:
-        parser.exit(1, f"gemma270m.py: error: {str(error).splitlines()[0]}\n")
-
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        parser.error(str(error).splitlines()[0])
 
 if __name__ == "__main__":
     main()

@@ -353,7 +353,7 @@ def sample_token(logits, temperature, top_k=None, top_p=None, generator=None):
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k is not None:
-        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.size(1))).values[:, -1:], -math.inf)
+        logits[logits < logits.topk(min(top_k, logits.size(1))).values[:, -1:]] = -math.inf
     if top_p is not None:  # nucleus sampling, arXiv 1904.09751: the fewest tokens that hold top_p together
         ordered, index = logits.sort(dim=-1, descending=True)
         p = ordered.softmax(-1)
@@ -510,7 +510,6 @@ def train(config, model_config, state=None):
     def fetch(iteration):
         blocks = training_blocks(iteration, config.batch_size, n_blocks, config.seed)
         return get_batch(train_data, blocks, config.block_size, device)
-
     x, y = fetch(step * accum + rank)
     step_tokens = config.batch_size * accum * config.block_size
     compiling = device.type == "cuda" if config.compile is None else config.compile

@@ -3,7 +3,7 @@
     python sample.py --ckpt out.pt --prompt "Once upon a time"
     python sample.py --ckpt out.pt --prompt FILE:start.txt --num_samples 4 --temperature 0.7
 
-The text goes to standard output, the speed to standard error.
+The text goes to standard output; speed and reason for the end go to standard error.
 """
 import argparse
 import codecs
@@ -17,91 +17,96 @@ from gemma270m import Gemma, load_checkpoint, pick_device, pick_dtype, require
 from prepare import load_tokenizer
 
 
-def read_prompt(prompt):
-    """The prompt itself, or the content of PATH for FILE:PATH. Raises ValueError if that is no UTF-8 text."""
-    if not prompt.startswith("FILE:"):
-        return prompt
-    try:
-        return Path(prompt.removeprefix("FILE:")).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the prompt from {prompt.removeprefix('FILE:')}: {error}") from None
-
-
 class Text:
-    """The text of tokens that come one by one; characters appear once their bytes are complete."""
-
+    """The text of tokens that come one by one; a character appears once its last byte is there."""
     def __init__(self, tokenizer, end):
-        self.tokenizer, self.end = tokenizer, end
+        self.tokenizer, self.end, self.content, self.ended = tokenizer, end, "", False
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.content, self.ended = "", False
 
     def add(self, token):
-        """Appends a token, unless end-of-text came before, and returns the characters it completes."""
+        """Takes a token and returns the characters that it completes; none from end-of-text on."""
         self.ended = self.ended or token == self.end
-        piece = "" if self.ended else self.decoder.decode(self.tokenizer.decode_single_token_bytes(token))
-        self.content += piece
-        return piece
+        data = b"" if self.ended else self.tokenizer.decode_single_token_bytes(token)
+        return self.show(self.decoder.decode(data))
+
+    def finish(self):
+        """Returns what stands for a character that was never completed."""
+        return self.show(self.decoder.decode(b"", final=True))
+
+    def show(self, characters):
+        self.content += characters
+        return characters
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"sample.py: error: {message}\n")
-    parser.add_argument("--ckpt", default="out.pt", help="checkpoint to sample from (default: %(default)s)")
-    parser.add_argument("--prompt", default="", help="text to continue, or FILE:PATH; none starts a new document")
-    parser.add_argument("--num_samples", type=int, default=1, help="continuations, sampled in one batch")
-    parser.add_argument("--max_new_tokens", type=int, help="longest continuation (default: 256; 1024 for bytes)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
-    parser.add_argument("--top_k", type=int, default=64, help="draw from the k likeliest tokens only")
-    parser.add_argument("--top_p", type=float, default=0.95, help="draw from the likeliest tokens that hold this share")
-    parser.add_argument("--seed", type=int, help="the same seed gives the same text; none gives another each time")
-    parser.add_argument("--device", default="auto", help="cuda, cpu, or auto")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
-    args = parser.parse_args(argv)
+def read_prompt(prompt):
+    """The prompt itself, or for FILE:PATH what the file holds. Raises ValueError if that is no UTF-8 text."""
+    if not prompt.startswith("FILE:"):
+        return prompt
+    path = prompt.removeprefix("FILE:")
     try:
-        sample(args)
-    except ValueError as error:
-        parser.error(error)
-    except (OSError, torch.OutOfMemoryError) as error:
-        parser.exit(1, f"sample.py: error: {str(error).splitlines()[0]}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "\n")
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"prompt: {path} cannot be read as UTF-8 text: {error}") from None
 
 
 def sample(args):
     """Prints args.num_samples continuations of args.prompt. Raises ValueError for what cannot be done."""
     require(args.num_samples > 0, f"num_samples cannot be {args.num_samples}")
-    require(args.max_new_tokens is None or args.max_new_tokens > 0, f"max_new_tokens cannot be {args.max_new_tokens}")
+    require(args.max_new_tokens is None or args.max_new_tokens > 0, "max_new_tokens must be at least 1")
     prompt, device = read_prompt(args.prompt), pick_device(args.device)
     state = load_checkpoint(args.ckpt)
+    config, end = state["model_config"], state["data"]["end_of_text"]
     tokenizer = load_tokenizer(state["data"]["tokenizer"])
-    end = state["data"]["end_of_text"]
-    start = [end, *tokenizer.encode_ordinary(prompt)]  # in training, every document follows an end-of-text
-    room = state["model_config"].context_length - len(start)
-    require(room > 0, f"the prompt has {len(start)} tokens, and the context of the model holds {len(start) + room}")
-    wanted = args.max_new_tokens or (1024 if tokenizer.name == "bytes" else 256)
+    start = [end, *tokenizer.encode_ordinary(prompt)]  # in training each document follows an end-of-text
+    room = config.context_length - len(start)
+    require(room > 0, f"prompt: {len(start)} tokens leave no room in a context of {config.context_length}")
+    wanted = args.max_new_tokens or (1024 if tokenizer.name == "bytes" else 256)  # a story in either
 
-    model = Gemma(state["model_config"])
+    model = Gemma(config)
     model.load_state_dict(state["model"])
-    model.to(device).eval()
+    model.to(device)
     dtype, _ = pick_dtype(args.dtype, device)
     generator = torch.Generator(device)
-    generator.manual_seed(args.seed) if args.seed is not None else generator.seed()
+    generator.seed() if args.seed is None else generator.manual_seed(args.seed)
     tokens = torch.tensor([start] * args.num_samples, device=device)
-    texts = [Text(tokenizer, end) for _ in range(args.num_samples)]
-    alone = args.num_samples == 1
-    print(prompt if alone else "", end="", flush=True)
-    began, steps = time.perf_counter(), 0
+    stream = model.stream(tokens, min(wanted, room), args.temperature, args.top_k, args.top_p, end, generator)
+    texts, alone, made = [Text(tokenizer, end) for _ in tokens], args.num_samples == 1, 0
+    began = time.perf_counter()
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for new in model.stream(tokens, min(wanted, room), args.temperature, args.top_k, args.top_p, end, generator):
-            steps += 1
-            pieces = [text.add(token) for text, token in zip(texts, new.tolist())]
-            print(pieces[0] if alone else "", end="", flush=True)
+        for new in stream:
+            shown = [text.add(token) for text, token in zip(texts, new.tolist())]
+            if alone:
+                print(shown[0] if made else prompt + shown[0], end="", flush=True)
+            made += len(shown)
     seconds = time.perf_counter() - began
-    print("" if alone else "\n---------------\n".join(prompt + text.content for text in texts))
-    ended = sum(text.ended for text in texts)
-    print(f"{steps} tokens each, {steps * args.num_samples / seconds:,.0f} tokens/s; {ended} of {args.num_samples} "
-          f"reached end-of-text", file=sys.stderr)
+    shown = [text.finish() for text in texts]
+    print(*shown if alone else (prompt + text.content for text in texts), sep="\n---------------\n")
+    print(f"{made:,} tokens, {made / seconds:,.0f} tokens/s, {sum(text.ended for text in texts)} of "
+          f"{args.num_samples} ended by end-of-text", file=sys.stderr)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"sample.py: error: {message}\n")
+    add = parser.add_argument
+    add("--ckpt", default="out.pt", help="checkpoint of gemma270m.py (default: %(default)s)")
+    add("--prompt", default="", help="text to continue, or FILE:PATH; without one a new document starts")
+    add("--num_samples", type=int, default=1, help="continuations in one batch (default: %(default)s)")
+    add("--max_new_tokens", type=int, help="longest continuation (default: 256; 1024 if tokens are bytes)")
+    add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)")
+    add("--top_k", type=int, default=64, help="draw from the k likeliest tokens (default: %(default)s)")
+    add("--top_p", type=float, default=0.95, help="and from the fewest with this share (%(default)s)")
+    add("--seed", type=int, help="the same seed gives the same text (default: another each time)")
+    add("--device", default="auto", help="cuda, cpu; auto takes a GPU if there is one")
+    add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"),
+        help="of matrix products; auto takes what is fast and safe on this hardware")
+    try:
+        sample(parser.parse_args(argv))
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        parser.error(str(error).splitlines()[0])
+    except KeyboardInterrupt:
+        parser.exit(130, "\n")
 
 
 if __name__ == "__main__":

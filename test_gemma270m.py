@@ -1,18 +1,22 @@
-"""Tests of gemma270m.py. `HYPOTHESIS_PROFILE=long pytest` searches twenty times as far as `pytest` alone."""
+"""Tests of gemma270m.py, prepare.py and sample.py. HYPOTHESIS_PROFILE=long searches twenty times as far."""
 import contextlib
 import copy
 import csv
 import functools
+import gzip
 import itertools
 import json
+import lzma
 import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -21,7 +25,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.testing import assert_close
@@ -31,6 +35,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 import gemma270m
+import prepare
+import sample
 from gemma270m import (PRESETS, Gemma, GemmaConfig, KVCache, RMSNorm, TrainConfig, apply_rope, evaluate,
                        get_batch, learning_rate, load_checkpoint, load_data, main, pick_dtype, rope_tables,
                        sample_token, save_checkpoint, sliding_window_attention, training_blocks)
@@ -39,6 +45,7 @@ common = dict(deadline=None, database=None, suppress_health_check=[HealthCheck.t
 settings.register_profile("short", derandomize=True, max_examples=20, **common)
 settings.register_profile("long", max_examples=400, **common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
+ROOT = Path(gemma270m.__file__).parent
 few = settings(max_examples=settings().max_examples // 2)  # for properties that take long
 torch.set_num_threads(1)  # the models here are too small to share out
 
@@ -413,12 +420,15 @@ def test_chunked_loss_and_its_gradient_equal_plain_cross_entropy(config, B, T, r
 def test_training_never_holds_all_logits_in_float32(dtype):
     model = with_loss_in_chunks(randomize(Gemma(GemmaConfig(**{**SHAPE, "vocab_size": 1_000}))), rows=20)
     tokens = torch.randint(1_000, (2, 50))
+    saved = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
     with TensorsMade() as made:
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), hooks:
             loss = model(tokens, tokens)
         loss.backward()
-    logits = [shape for shape, kind in made.list if shape[-1:] == (1_000,) and kind == torch.float32]
-    assert max(shape.numel() for shape in logits) == 20 * 1_000  # of 100 * 1,000
+    made = [shape.numel() for shape, kind in made.list if shape[-1:] == (1_000,) and kind == torch.float32]
+    assert max(made) == 20 * 1_000  # of 100 * 1,000
+    assert not any(tensor.shape[-1:] == (1_000,) for tensor in saved)  # for the backward pass
 
 
 @given(config=shapes, seed=seeds)
@@ -428,7 +438,8 @@ def test_recomputed_activations_give_the_same_gradient(config, seed):
         plain = gradients(model(tokens, tokens), model)
     model.checkpoint_activations = True
     with TensorsMade() as remade:
-        assert_equal(gradients(model(tokens, tokens), model), plain)
+        recomputed = gradients(model(tokens, tokens), model)
+    assert_equal(recomputed, plain)
     assert len(remade.list) > len(made.list)
 
 
@@ -565,6 +576,7 @@ def test_one_batch_can_be_learned_by_heart(run, tmp_path):
 @few
 @given(stops=st.lists(st.tuples(st.integers(2, 30), st.sampled_from((signal.SIGINT, signal.SIGTERM))),
                       min_size=1, max_size=3))
+@example(stops=[(9, signal.SIGINT), (6, signal.SIGTERM), (3, signal.SIGINT)])
 def test_a_stopped_run_resumes_bit_for_bit(run, tmp_path_factory, stops):
     out, handler = tmp_path_factory.mktemp("stopped") / "out.pt", signal.getsignal(signal.SIGINT)
     for leg, (call, number) in enumerate(stops):
@@ -577,8 +589,8 @@ def test_a_stopped_run_resumes_bit_for_bit(run, tmp_path_factory, stops):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(gemma270m, "get_batch", get_batch_and_stop)
-            run(out=out, **{"resume": True} if leg else {})
-    resumed, whole = run(out=out, resume=True), run()
+            run(out=out, log_interval=8, **{"resume": True} if leg else {})
+    resumed, whole = run(out=out, log_interval=8, resume=True), run(log_interval=8)
     assert signal.getsignal(signal.SIGINT) is handler
     for part in ("iteration", "model", "optimizer", "scaler"):
         assert_equal(resumed[part], whole[part])
@@ -681,10 +693,12 @@ def test_a_run_can_be_resumed_in_another_dtype(run, tmp_path, before, after):
     assert state["iteration"] == 20 and bool(state["scaler"]) == (after == "float16")
 
 
-def test_weight_decay_is_on_matrices_only(whole):
-    groups = {group["weight_decay"]: len(group["params"]) for group in whole["optimizer"]["param_groups"]}
-    assert groups == {0.1: sum(weight.ndim == 2 for weight in whole["model"].values()),
-                      0.0: sum(weight.ndim == 1 for weight in whole["model"].values())}
+def test_the_optimizer_has_the_rate_of_the_step_and_decays_matrices_only(run):
+    state = run(lr=5e-3)
+    groups, dimensions = state["optimizer"]["param_groups"], [w.ndim for w in state["model"].values()]
+    assert [group["lr"] for group in groups] == [column(state, "lr")[-1]] * 2 == [pytest.approx(5e-4)] * 2
+    assert {group["weight_decay"]: len(group["params"]) for group in groups} == {0.1: dimensions.count(2),
+                                                                                 0.0: dimensions.count(1)}
 
 
 @pytest.mark.parametrize("capability, dtype", (((6, 1), torch.float32), ((7, 0), torch.float16),
@@ -755,3 +769,619 @@ def test_a_newcomer_without_a_gpu_gets_the_tiny_preset_and_a_picture(data, tmp_p
     assert load_checkpoint("out.pt")["model_config"] == GemmaConfig(vocab_size=40, **shape)
     pytest.importorskip("matplotlib")
     assert {path.name for path in tmp_path.iterdir()} == {"out.pt", "out.csv", "out.png"}
+
+# ---- prepare.py --------------------------------------------------------------------------------------
+
+END = prepare.END_OF_TEXT
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
+
+
+def gpt2_reason():
+    try:
+        prepare.load_tokenizer("gpt2", 5)
+    except OSError as error:
+        return str(error)
+
+
+NO_GPT2 = gpt2_reason()
+needs_gpt2 = pytest.mark.skipif(bool(NO_GPT2), reason=f"{NO_GPT2}")
+tokenizers = pytest.mark.parametrize("tokenizer", ["bytes", pytest.param("gpt2", marks=needs_gpt2)])
+
+# Text that can be written as UTF-8: everything but half surrogate pairs.
+texts = st.text(st.one_of(st.characters(exclude_categories=["Cs"]),
+                          st.sampled_from(" \n\r\t'a<|endoftext>\x1c\u00a0")))
+words = st.text(st.sampled_from(" \n\t\r\x1c\x85\u00a0\u3000'ab1!\u00e9\u4e2d\U0001F600sdl"), max_size=60)
+
+
+def run_prepare(folder, *argv):
+    """main() on `folder`/data: the exit status."""
+    return prepare.main([*map(str, argv), "--out_dir", str(folder / "data")])
+
+
+def meta_of(folder):
+    return json.loads((folder / "data" / "meta.json").read_text())
+
+
+def tokens_of(folder, split):
+    meta = meta_of(folder)
+    tokens = np.fromfile(folder / "data" / f"{split}.bin", meta["dtype"])
+    assert len(tokens) == meta[f"{split}_tokens"]
+    assert np.count_nonzero(tokens == meta["end_of_text"]) >= meta[f"{split}_stories"] - 1
+    return tokens
+
+
+def stories_of(folder, split):
+    """The bytes of each story of a split."""
+    meta, encoding = meta_of(folder), prepare.load_tokenizer(meta_of(folder)["tokenizer"])
+    tokens = tokens_of(folder, split)
+    parts = np.split(tokens, np.flatnonzero(tokens == meta["end_of_text"]) + 1)
+    assert len(parts.pop()) == 0, "the file does not end with end-of-text"
+    assert len(parts) == meta[f"{split}_stories"]
+    return [encoding.decode_bytes(part[:-1].tolist()) for part in parts]
+
+
+def write(path, documents):
+    """Writes `documents` in the format that the name of `path` says."""
+    name = path.name
+    if ".parquet" in name:
+        pa = pytest.importorskip("pyarrow")
+        import pyarrow.parquet
+        pyarrow.parquet.write_table(pa.table({"text": documents}), path, row_group_size=3)
+        return path
+    text = (END.join(documents) + END if ".txt" in name else
+            "".join(json.dumps({"n": 1, "text": text}, ensure_ascii=i % 2 == 0) + "\n"
+                    for i, text in enumerate(documents)))
+    path.write_bytes(COMPRESS[path.suffix if path.suffix in COMPRESS else ""](text.encode()))
+    return path
+
+
+@pytest.fixture
+def one(tmp_path):
+    """A small validation file, for tests that want all of the input in train.bin."""
+    return write(tmp_path / "one.txt", ["validation"])
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def unreachable():
+        raise ConnectionError("no network in tests")
+    monkeypatch.setattr(prepare, "probe_hub", unreachable)
+
+
+def no_vocabulary(monkeypatch):
+    real = prepare.load_tokenizer
+
+    def load(name, timeout=60):
+        if name == "gpt2":
+            raise OSError("cannot load the GPT-2 vocabulary; set TIKTOKEN_CACHE_DIR")
+        return real(name)
+    monkeypatch.setattr(prepare, "load_tokenizer", load)
+
+
+def one_error(capsys, *parts):
+    """The single line on stderr, which has all `parts` in it."""
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("prepare.py: error: "), lines
+    for part in parts:
+        assert str(part) in lines[0]
+    assert "Traceback" not in lines[0] and len(lines[0]) < 600
+
+
+# Tokenizers
+
+@tokenizers
+@given(text=texts)
+@settings(max_examples=60)
+def test_tokenizer_round_trip(tokenizer, text):
+    encoding = prepare.load_tokenizer(tokenizer)
+    assert encoding.name == tokenizer
+    tokens = encoding.encode(text, disallowed_special=())
+    assert encoding.decode_bytes(tokens) == text.encode() and encoding.eot_token not in tokens
+
+
+def test_byte_tokenizer_is_bytes():
+    encoding = prepare.load_tokenizer("bytes")
+    assert encoding.n_vocab == 257 and encoding.eot_token == 256 and encoding.decode([256]) == END
+    assert encoding.encode_ordinary("a\u00e9\n") == list("a\u00e9\n".encode())
+    assert encoding.encode(END, allowed_special="all") == [256]
+
+
+def test_unknown_tokenizer():
+    with pytest.raises(ValueError, match="unknown tokenizer 'gpt5'"):
+        prepare.load_tokenizer("gpt5")
+
+
+# Cutting
+
+@needs_gpt2
+@given(text=words, size=st.integers(1, 12))
+@settings(max_examples=400)
+def test_cutting_at_a_boundary_keeps_gpt2_tokens(text, size):
+    encoding = prepare.load_tokenizer("gpt2")
+    whole = encoding.encode_ordinary(text)
+    for match in re.finditer(r"\S(?=[ \n])", text):
+        left, right = text[:match.end()], text[match.end():]
+        assert encoding.encode_ordinary(left) + encoding.encode_ordinary(right) == whole
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "PIECE", size)
+        pieces = list(prepare.cut(text))
+    clean = all(re.search(r"\S$", left) and right[0] in " \n" for left, right in itertools.pairwise(pieces))
+    if clean:
+        assert sum(map(encoding.encode_ordinary, pieces), []) == whole
+
+
+@given(text=st.text(st.sampled_from("ab <|endoftext|> \n")), size=st.integers(1, 20), keep=st.integers(0, 13))
+@settings(max_examples=200)
+def test_cut_loses_nothing_and_bounds_the_pieces(text, size, keep):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "PIECE", size)
+        *pieces, last = prepare.cut(text, keep)
+    assert "".join(pieces) + last == text
+    assert all(0 < len(piece) <= size for piece in pieces) and len(last) <= size + keep
+    assert not pieces or len(last) > keep
+
+
+@given(documents=st.lists(st.text(st.sampled_from("ab \n<|end"), max_size=40), max_size=6),
+       size=st.integers(1, 30), closed=st.booleans())
+@settings(max_examples=300)
+def test_markers_are_found_wherever_the_chunks_end(documents, size, closed):
+    import io
+    text = END.join(documents) + (END if closed else "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "PIECE", size)
+        pieces = list(prepare.read_txt(io.BytesIO(text.encode())))
+    found = "".join(END if piece is None else piece for piece in pieces).split(END)
+    assert found.pop() == ""
+    # One of white space only is skipped when it is shorter than a piece.
+    assert [d for d in found if d.strip()] == [d for d in text.split(END) if d.strip()]
+    assert all(len(document) > size for document in found if not document.strip())
+
+
+@tokenizers
+@pytest.mark.parametrize("character", ["a", " ", "\n", "!", "\u4e2d"])
+def test_long_runs_of_one_character(tmp_path, one, tokenizer, character):
+    text = "x" + character * 1_200_000 + "y"
+    assert run_prepare(tmp_path, "--input", write(tmp_path / "run.txt", [text]), "--val_input", one,
+               "--tokenizer", tokenizer) == 0
+    assert stories_of(tmp_path, "train") == [text.encode()]
+
+
+# Formats
+
+@tokenizers
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.xz", "a.jsonl", "a.jsonl.gz", "a.jsonl.xz",
+                                  "a.parquet"])
+@given(documents=st.lists(texts.filter(str.strip), min_size=1, max_size=5))
+@settings(max_examples=8)
+def test_round_trip(tmp_path_factory, tokenizer, name, documents):
+    folder = tmp_path_factory.mktemp("round")
+    if ".txt" in name:
+        documents = [document for document in "\n".join(documents).split(END) if document.strip()]
+    if documents:
+        one = write(folder / "one.txt", ["validation"])
+        path = write(folder / name, documents)
+        assert run_prepare(folder, "--input", path, "--val_input", one, "--tokenizer", tokenizer) == 0
+        assert stories_of(folder, "train") == [document.encode() for document in documents]
+        assert stories_of(folder, "val") == [b"validation"]
+        assert sorted(os.listdir(folder / "data")) == ["meta.json", "train.bin", "val.bin"]
+
+
+@tokenizers
+def test_whole_file_comes_back(tmp_path, one, tokenizer):
+    text = f"One.\r\n\r\n{END}\n Two\u2028 \ufeff{END}   \n{END}Three, without a marker"
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode())
+    assert run_prepare(tmp_path, "--input", path, "--val_input", one, "--tokenizer", tokenizer) == 0
+    decoded = prepare.load_tokenizer(tokenizer).decode(tokens_of(tmp_path, "train").tolist())
+    assert decoded == text.replace(f"   \n{END}", "") + END
+
+
+@tokenizers
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_marker_inside_a_row_is_text(tmp_path, one, tokenizer, name):
+    documents = [f"before {END} after", END]
+    assert run_prepare(tmp_path, "--input", write(tmp_path / name, documents), "--val_input", one,
+               "--tokenizer", tokenizer) == 0
+    assert stories_of(tmp_path, "train") == [document.encode() for document in documents]
+
+
+def test_globs_and_several_files_in_order(tmp_path, one):
+    for name in ("b.txt", "a.txt", "c.jsonl"):
+        write(tmp_path / name, [name])
+    (tmp_path / "[odd].txt").write_text("odd")
+    inputs = [tmp_path / name for name in ("c.jsonl", "[ab].txt", "[odd].txt")]
+    assert run_prepare(tmp_path, "--input", *inputs, "--val_input", one, "--tokenizer", "bytes") == 0
+    assert stories_of(tmp_path, "train") == [b"c.jsonl", b"a.txt", b"b.txt", b"odd"]
+
+
+def test_uint32_for_a_large_vocabulary(tmp_path, one, monkeypatch):
+    import tiktoken
+    large = tiktoken.Encoding("large", pat_str=r"(?s:.)", mergeable_ranks={bytes([i]): i for i in range(256)},
+                              special_tokens={END: 70_000})
+    monkeypatch.setattr(prepare, "load_tokenizer", lambda name, timeout=60: large)
+    assert run_prepare(tmp_path, "--input", one, "--val_input", one) == 0
+    meta = meta_of(tmp_path)
+    assert (meta["dtype"], meta["vocab_size"], meta["end_of_text"]) == ("uint32", 70_001, 70_000)
+    assert tokens_of(tmp_path, "train")[-1] == 70_000
+
+
+# Held-out share and limits
+
+@given(number=st.integers(2, 320), limit=st.one_of(st.none(), st.integers(1, 320)))
+@settings(max_examples=12)
+def test_held_out_share(tmp_path_factory, number, limit):
+    folder = tmp_path_factory.mktemp("held")
+    documents = [f"story {i}" for i in range(number)]
+    path = write(folder / "a.jsonl", documents)
+    argv = ["--input", path, "--tokenizer", "bytes"] + (["--limit", str(limit)] if limit else [])
+    assert run_prepare(folder, *argv) == 0
+    train, val = stories_of(folder, "train"), stories_of(folder, "val")
+    first = (folder / "data" / "train.bin").read_bytes()
+    assert run_prepare(folder, *argv) == 0 and (folder / "data" / "train.bin").read_bytes() == first
+    assert not set(train) & set(val) and len(val) >= 1
+    expected = [text.encode() for i, text in enumerate(documents) if i % 100]
+    assert train == expected[:limit]
+    assert val == [text.encode() for text in documents[::100]][:len(val)]
+
+
+@tokenizers
+@pytest.mark.parametrize("length", [1, 5, 5000])
+def test_a_single_document_is_split(tmp_path, tokenizer, length):
+    text = "word " * length
+    assert run_prepare(tmp_path, "--input", write(tmp_path / "a.txt", [text]), "--tokenizer", tokenizer) == 0
+    encoding, meta = prepare.load_tokenizer(tokenizer), meta_of(tmp_path)
+    train, val = tokens_of(tmp_path, "train"), tokens_of(tmp_path, "val")
+    assert [*train, *val] == encoding.encode_ordinary(text) + [encoding.eot_token]
+    assert len(val) == max(1, (len(train) + len(val)) // 100)
+    assert meta["train_stories"] == meta["val_stories"] == 1
+
+
+def test_limit_leaves_val_input_alone(tmp_path):
+    train, val = write(tmp_path / "a.txt", list("abcdef")), write(tmp_path / "b.txt", list("uvwxyz"))
+    flags = ("--input", train, "--val_input", val, "--limit", 2, "--tokenizer", "bytes")
+    assert run_prepare(tmp_path, *flags) == 0
+    assert (meta_of(tmp_path)["train_stories"], meta_of(tmp_path)["val_stories"]) == (2, 6)
+
+
+# Failures
+
+def bad(name, data):
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+FAILURES = {  # what is wrong with the input: (name, how to make it, words of the message)
+    "missing": ("none.txt", lambda folder: None, ["none.txt", "no such file"]),
+    "glob": ("none*.txt", lambda folder: None, ["none*.txt"]),
+    "folder": ("sub.txt", lambda folder: (folder / "sub.txt").mkdir(), ["sub.txt", "directory"]),
+    "empty": ("a.txt", bad("a.txt", b""), ["a.txt", "no text"]),
+    "white": ("a.txt", bad("a.txt", b" \n" + END.encode() + b"\n"), ["no text"]),
+    "empty jsonl": ("a.jsonl", bad("a.jsonl", b"\n\n"), ["no text"]),
+    "kind": ("a.pdf", bad("a.pdf", b"text"), ["a.pdf", ".jsonl"]),
+    "latin-1": ("a.txt", bad("a.txt", b"caf\xe9 au lait"), ["a.txt", "UTF-8"]),
+    "cut off": ("a.txt", bad("a.txt", "caf\u00e9".encode()[:-1]), ["a.txt", "UTF-8"]),
+    "no field": ("a.jsonl", bad("a.jsonl", b'{"text": "x"}\n{"txt": "y"}\n'), ["a.jsonl", "line 2", "text"]),
+    "no string": ("a.jsonl", bad("a.jsonl", b'{"text": 3}\n'), ["a.jsonl", "line 1", "text"]),
+    "no object": ("a.jsonl", bad("a.jsonl", b'"text"\n'), ["a.jsonl", "line 1", "text"]),
+    "no json": ("a.jsonl", bad("a.jsonl", b'{"text": "x"}\n\n{"text": \n'), ["a.jsonl", "line 3"]),
+    "deep json": ("a.jsonl", bad("a.jsonl", b"[" * 200_000), ["a.jsonl", "line 1"]),
+    "jsonl latin-1": ("a.jsonl", bad("a.jsonl", b'{"text": "caf\xe9"}\n'), ["line 1", "UTF-8"]),
+    "surrogate": ("a.jsonl", bad("a.jsonl", rb'{"text": "\ud800"}'), ["a.jsonl", "line 1"]),
+    "gz": ("a.txt.gz", bad("a.txt.gz", b"not gzip"), ["a.txt.gz"]),
+    "gz cut": ("a.txt.gz", bad("a.txt.gz", gzip.compress(b"words " * 99)[:-9]), ["a.txt.gz"]),
+    "xz": ("a.txt.xz", bad("a.txt.xz", b"not xz"), ["a.txt.xz"]),
+    "xz cut": ("a.txt.xz", bad("a.txt.xz", lzma.compress(b"words " * 99)[:-9]), ["a.txt.xz"]),
+    "parquet": ("a.parquet", bad("a.parquet", b"not parquet"), ["a.parquet"]),
+    "no column": ("a.parquet", lambda folder: parquet(folder, {"txt": ["a"]}), ["a.parquet", "text"]),
+    "numbers": ("a.parquet", lambda folder: parquet(folder, {"text": [1]}), ["a.parquet", "text", "row 1"]),
+    "null": ("a.parquet", lambda folder: parquet(folder, {"text": ["a", None]}), ["a.parquet", "row 2"]),
+}
+
+
+def parquet(folder, columns):
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "a.parquet")
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_bad_input_is_one_line_and_changes_nothing(tmp_path, one, capsys, failure):
+    assert run_prepare(tmp_path, "--input", one, "--val_input", one, "--tokenizer", "bytes") == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
+    name, make, parts = FAILURES[failure]
+    make(tmp_path)
+    capsys.readouterr()
+    for argv in (["--input", one, "--val_input", tmp_path / name], ["--input", tmp_path / name]):
+        assert run_prepare(tmp_path, *argv, "--tokenizer", "bytes") == 1
+        one_error(capsys, *parts)
+        assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == before
+
+
+@pytest.mark.parametrize("argv, word", [
+    (["--limit", "0"], "--limit"), (["--limit", "-3"], "--limit"), (["--limit", "1.5"], "--limit"),
+    (["--limit", "\u00b2"], "--limit"), (["--tokenizer", "gpt5"], "gpt5"), (["--input"], "--input"),
+    (["--no_such_flag"], "--no_such_flag"), (["--lim", "3"], "--lim"), (["--val_input", "a.txt"], "--input"),
+    (["stray"], "stray")])
+def test_bad_flags_are_one_line_and_status_2(tmp_path, capsys, argv, word):
+    with pytest.raises(SystemExit) as stop:
+        run_prepare(tmp_path, *argv)
+    assert stop.value.code == 2
+    one_error(capsys, word)
+    assert not (tmp_path / "data").exists()
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        prepare.main(["--help"])
+    assert stop.value.code == 0 and "--val_input" in capsys.readouterr().out
+
+
+def test_too_long_a_line_of_json(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(prepare, "MAX_LINE", 50)
+    path = write(tmp_path / "a.jsonl", ["x", "y" * 60])
+    assert run_prepare(tmp_path, "--input", path, "--tokenizer", "bytes") == 1
+    one_error(capsys, "a.jsonl", "line 2", "50 bytes")
+
+
+def test_output_that_cannot_be_written(tmp_path, one, capsys):
+    (tmp_path / "data").write_text("a file where the folder should be")
+    assert run_prepare(tmp_path, "--input", one, "--tokenizer", "bytes") == 1
+    one_error(capsys, "data")
+
+
+def test_full_disk(tmp_path, one, capsys, monkeypatch):
+    def full(self, waiting=0):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(prepare.TokenFile, "flush", full)
+    assert run_prepare(tmp_path, "--input", one, "--tokenizer", "bytes") == 1
+    one_error(capsys, "No space left on device")
+    assert os.listdir(tmp_path / "data") == []
+
+
+def test_interruption_while_reading(tmp_path, one, capsys, monkeypatch):
+    assert run_prepare(tmp_path, "--input", one, "--val_input", one, "--tokenizer", "bytes") == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()}
+
+    def interrupted(files):
+        yield "half a story"
+        raise KeyboardInterrupt
+    monkeypatch.setattr(prepare, "read_files", interrupted)
+    assert run_prepare(tmp_path, "--input", one, "--tokenizer", "bytes") == 130
+    one_error(capsys, "interrupted")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == before
+
+
+@pytest.mark.parametrize("step", range(3))
+def test_interruption_while_renaming_never_looks_finished(tmp_path, one, monkeypatch, step):
+    assert run_prepare(tmp_path, "--input", one, "--val_input", one, "--tokenizer", "bytes") == 0
+    replace, calls = os.replace, itertools.count()
+
+    def interrupted(*paths):
+        if next(calls) == step:
+            raise KeyboardInterrupt
+        replace(*paths)
+    monkeypatch.setattr(os, "replace", interrupted)
+    assert run_prepare(tmp_path, "--input", one, "--val_input", one, "--tokenizer", "bytes") == 130
+    assert sorted(os.listdir(tmp_path / "data")) == ["train.bin", "val.bin"]
+
+
+def test_ctrl_c_on_the_command_line(tmp_path):
+    """A real SIGINT in the middle of a long run: one line, status 130, an empty folder."""
+    import signal
+    (tmp_path / "long.txt").write_text("some words " * 5_000_000)
+    command = [sys.executable, ROOT / "prepare.py", "--input", *[tmp_path / "long.txt"] * 20,
+               "--tokenizer", "bytes", "--out_dir", tmp_path / "data"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not (tmp_path / "data" / "train.bin.tmp").exists():
+            time.sleep(0.02)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=20)[1]
+    assert process.returncode == 130 and errors.count("\n") == 1 and "interrupted" in errors
+    assert os.listdir(tmp_path / "data") == []
+
+
+# Fallbacks
+
+def test_offline_fallback_to_built_in_stories_and_bytes(tmp_path, monkeypatch, capsys):
+    no_vocabulary(monkeypatch)
+    assert run_prepare(tmp_path, "--limit", 300) == 0
+    meta, lines = meta_of(tmp_path), capsys.readouterr().out.splitlines()
+    assert (meta["tokenizer"], meta["train_stories"], meta["val_stories"]) == ("bytes", 300, 100)
+    assert sum("TinyStories" in line and "internet" in line for line in lines) == 1
+    assert sum("TIKTOKEN_CACHE_DIR" in line for line in lines) == 1
+    assert "python gemma270m.py" in lines[-1] and "--data_dir" in lines[-1]
+    train, val = stories_of(tmp_path, "train"), stories_of(tmp_path, "val")
+    assert not set(train) & set(val) and len(set(train)) == 300
+
+
+def test_default_size_of_the_fallback(tmp_path):
+    assert run_prepare(tmp_path, "--tokenizer", "bytes") == 0
+    assert (meta_of(tmp_path)["train_stories"], meta_of(tmp_path)["val_stories"]) == (24_000, 500)
+
+
+def test_hanging_network_is_given_up(tmp_path, monkeypatch):
+    import tiktoken
+    monkeypatch.setattr(prepare, "DEADLINE", 0.3)
+    monkeypatch.setattr(prepare, "probe_hub", lambda: time.sleep(30))
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: time.sleep(30))
+    assert run_prepare(tmp_path, "--limit", 10) == 0
+    assert meta_of(tmp_path)["tokenizer"] == "bytes"
+
+
+def test_hanging_network_does_not_keep_the_process_alive(tmp_path):
+    code = ("import time, sys, tiktoken, prepare; prepare.probe_hub = lambda: time.sleep(60); "
+            "tiktoken.get_encoding = lambda name: time.sleep(60); prepare.DEADLINE = 0.2; "
+            f"sys.exit(prepare.main(['--limit', '10', '--out_dir', {str(tmp_path / 'data')!r}]))")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, timeout=50)
+
+
+@pytest.mark.parametrize("named", ["input", "tokenizer"])
+def test_no_fallback_for_what_was_named(tmp_path, one, monkeypatch, capsys, named):
+    no_vocabulary(monkeypatch)
+    assert run_prepare(tmp_path, *(["--input", one] if named == "input" else ["--tokenizer", "gpt2"])) == 1
+    one_error(capsys, "--tokenizer bytes", "TIKTOKEN_CACHE_DIR")
+    assert not (tmp_path / "data").exists()
+
+
+def tinystories(monkeypatch, rows):
+    """`datasets` with a TinyStories of our own."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(prepare, "probe_hub", lambda: None)
+
+    def load_dataset(name, split, streaming):
+        assert name == "roneneldan/TinyStories" and streaming
+        return rows(split)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+
+def test_tinystories(tmp_path, monkeypatch):
+    tinystories(monkeypatch, lambda split: ({"text": f"{split} {i}" if i else " "} for i in range(400)))
+    assert run_prepare(tmp_path, "--tokenizer", "bytes", "--limit", 250) == 0
+    train, val = stories_of(tmp_path, "train"), stories_of(tmp_path, "val")
+    assert train == [f"train {i}".encode() for i in range(1, 251)]
+    assert val == [f"validation {i}".encode() for i in range(1, 101)]
+
+
+def test_failure_in_the_middle_of_the_download(tmp_path, monkeypatch, capsys):
+    def rows(split):
+        yield {"text": "a story"}
+        raise ConnectionError("connection lost\nwith a second line")
+    tinystories(monkeypatch, rows)
+    assert run_prepare(tmp_path, "--tokenizer", "bytes") == 1
+    one_error(capsys, "TinyStories", "connection lost")
+    assert os.listdir(tmp_path / "data") == []
+
+
+# The built-in stories
+
+def test_built_in_stories():
+    stories = list(itertools.islice(prepare.write_stories(), 24_500))
+    assert stories[:50] == list(itertools.islice(prepare.write_stories(0), 50))
+    assert stories[:50] != list(itertools.islice(prepare.write_stories(1), 50))
+    assert len(set(stories)) == 24_500
+    lengths = [len(text.split()) for text in stories]
+    assert min(lengths) >= 60 and max(lengths) <= 250
+    assert sum(len(text) < 750 for text in stories) > 0.98 * len(stories)
+    everything = "\n".join(stories)
+    assert everything.isascii() and not re.search(r"[{}\[\]|;]|  ", everything)
+    assert set(re.findall(r"\b(?:a [aeiou]|an [^aeiou])\w*", everything, re.IGNORECASE)) <= {"an hour"}
+    openings = [" ".join(text.split()[:4]) for text in stories]
+    assert max(set(openings), key=openings.count) == "Once upon a time,"
+    assert all(text[-1] in ".!\"" and text.count('"') % 2 == 0 for text in stories)
+    assert 400 < len(set(re.findall(r"[a-z']+", everything.lower()))) < 900
+    assert len(prepare.PLOTS) >= 12
+
+
+def test_import_has_no_side_effects():
+    code = ("import sys, prepare; "
+            "assert not {'datasets', 'pyarrow', 'huggingface_hub', 'torch'} & set(sys.modules)")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout + result.stderr == "", result.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
+def test_memory_does_not_grow_with_the_input(tmp_path):
+    """One document of 100 MB on a single line."""
+    path = tmp_path / "long.txt"
+    path.write_bytes(b"a" * 100_000_000)
+    code = ("import re, sys, prepare; status = prepare.main(sys.argv[1:]); "
+            "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1], file=sys.stderr); "
+            "sys.exit(status)")
+    result = subprocess.run([sys.executable, "-c", code, "--input", path, "--tokenizer", "bytes", "--out_dir",
+                             tmp_path / "data"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(result.stderr) < 300_000  # KiB
+
+
+# ---- sample.py ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def story_teller(tmp_path, monkeypatch):
+    """A folder with an untrained checkpoint over the byte vocabulary in out.pt."""
+    monkeypatch.chdir(tmp_path)
+    config = GemmaConfig(**{**SHAPE, "vocab_size": 257})
+    save_checkpoint("out.pt", {
+        "model": randomize(Gemma(config)).state_dict(), "model_config": vars(config),
+        "train_config": vars(TrainConfig()),
+        "data": {"tokenizer": "bytes", "vocab_size": 257, "end_of_text": 256}})
+    return tmp_path
+
+
+@given(text=texts)
+def test_characters_appear_once_their_bytes_are_complete(text):
+    tokens = prepare.load_tokenizer("bytes").encode_ordinary(text)
+    shown = sample.Text(prepare.load_tokenizer("bytes"), end=256)
+    pieces = [shown.add(token) for token in (*tokens, 256, 65)]
+    assert "".join(pieces) + shown.finish() == shown.content == text and shown.ended
+    assert all(len(piece) <= 1 for piece in pieces)
+
+
+def test_greedy_sampling_prints_what_generate_returns(story_teller, capsys):
+    (story_teller / "start.txt").write_text("ab")
+    for prompt in ("ab", "FILE:start.txt"):
+        sample.main(["--prompt", prompt, "--temperature=0", "--max_new_tokens=20", "--dtype=float32"])
+        out, err = capsys.readouterr()
+        model = Gemma(load_checkpoint("out.pt")["model_config"])
+        model.load_state_dict(load_checkpoint("out.pt")["model"])
+        tokens = model.generate(torch.tensor([[256, 97, 98]]), 20, temperature=0, stop_token=256)
+        text = bytes(token for token in tokens[0].tolist() if token < 256).decode(errors="replace")
+        assert out == text + "\n"
+        assert "tokens/s" in err
+
+
+def test_several_samples_differ_and_repeat_with_their_seed(story_teller, capsys):
+    def texts(seed):
+        sample.main(["--num_samples", "3", "--seed", str(seed), "--max_new_tokens", "30"])
+        return capsys.readouterr().out.split("\n---------------\n")
+    assert len(set(texts(1))) == 3
+    assert texts(1) == texts(1) != texts(2)
+
+
+@pytest.mark.parametrize("wrong", (
+    "--ckpt=nowhere.pt", "--ckpt=.", "--temperature=-1", "--temperature=nan", "--top_p=0", "--top_p=1.5",
+    "--top_k=0", "--num_samples=0", "--max_new_tokens=0", "--prompt=FILE:nowhere", "--prompt=FILE:out.pt",
+    "--device=foo", "--dtype=foo", "--prom=a", f"--prompt={'a' * 64}"))
+def test_a_sampling_mistake_gives_one_line(wrong, story_teller, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        sample.main([wrong])
+    out, err = capsys.readouterr()
+    assert stopped.value.code in (1, 2)
+    assert re.fullmatch(r"sample\.py: error: .*\S.*\n", err)
+
+
+# ---- README.md ---------------------------------------------------------------------------------------
+
+README = Path(gemma270m.__file__).with_name("README.md").read_text()
+SMALL = ("--preset=tiny --device=cpu --max_iters=2 --grad_accum=2 --batch_size=1 --block_size=64 "
+         "--n_layers=2 --eval_tokens=64 --no-compile").split()
+
+
+def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    vocabulary = prepare.load_tokenizer("bytes")  # stands for GPT-2's, which may be out of reach
+    monkeypatch.setattr(prepare, "load_tokenizer", lambda name, timeout=60: vocabulary)
+    for name in ("mine.txt", "held_out.txt", "start.txt"):
+        Path(name).write_text(prepare.END_OF_TEXT.join(f"A story of {i} mice. The end." for i in range(99)))
+    programs = {"prepare.py": lambda args: prepare.main([*args, "--limit=500"]),
+                "gemma270m.py": lambda args: main([*args, *SMALL]),
+                "sample.py": lambda args: sample.main([*args, "--max_new_tokens=9"])}
+    lines = "".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).splitlines()
+    commands = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
+    commands = [words for words in commands if words[:1] == ["python"] and words[1] in programs]
+    assert {words[1] for words in commands} == set(programs)
+    for _, program, *args in commands:
+        assert programs[program](args) in (0, None), args
+        assert "error" not in capsys.readouterr().err
+
+
+def test_the_python_of_the_readme_runs():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(block, {})
+
+
+def test_the_readme_tells_the_defaults():
+    for config in (GemmaConfig(), TrainConfig()):
+        for name, value in re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", README, re.MULTILINE):
+            if hasattr(config, name):
+                assert float(value.replace(",", "")) == getattr(config, name), name

@@ -431,6 +431,14 @@ def test_training_never_holds_all_logits_in_float32(dtype):
     assert not any(tensor.shape[-1:] == (1_000,) for tensor in saved)  # for the backward pass
 
 
+def test_a_residual_stream_beyond_float16_stays_finite_under_float16_autocast():
+    model = randomize(Gemma(GemmaConfig(**SHAPE, tie_embeddings=False)))
+    model.embed_tokens.weight.data *= 1e6
+    with torch.autocast("cpu", torch.float16):
+        got = model(some_tokens(model.config, 2, 30))
+    assert_close(got.float(), model(some_tokens(model.config, 2, 30)), atol=0.01, rtol=0.01)
+
+
 @given(config=shapes, seed=seeds)
 def test_recomputed_activations_give_the_same_gradient(config, seed):
     model, tokens = randomize(Gemma(config), seed), some_tokens(config, 2, 20, seed)

@@ -57,7 +57,7 @@ class GemmaConfig:
     full_attention_every: int = 6  # every n-th layer attends to the whole context
     rope_local_base: float = 10_000.0  # RoPE base of the sliding layers
     rope_base: float = 1_000_000.0  # RoPE base of the full layers
-    query_pre_attn_scalar: float = 256  # attention scores are divided by its square root
+    query_pre_attn_scalar: float = 256  # scores are divided by its square root; usually head_dim
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
     tie_embeddings: bool = True  # one matrix for input embedding and output head
 
@@ -84,7 +84,7 @@ class TrainConfig:
     preset: str = "auto"  # 270m, tiny, or auto: 270m on a GPU, tiny on a CPU
     data_dir: str = "data"  # folder that prepare.py wrote
     out: str = "out.pt"  # checkpoint; the log lies beside it as .csv (and .png if matplotlib is installed)
-    resume: bool = False  # continue the run in --out; flags given now replace those of its start
+    resume: bool = False  # continue the run in --out; new flags count, but keep batch_size and grad_accum
     batch_size: int = 32  # sequences in a micro-batch; an iteration is one micro-batch
     grad_accum: int = 32  # micro-batches, over all processes, in a step (one optimizer update)
     block_size: int = 512  # tokens in a training sequence
@@ -187,12 +187,12 @@ class KVCache:
         positions = self.length + torch.arange(T, device=q.device)
         if T == 1:
             store.index_copy_(3, positions % size, new)
-            filled = torch.arange(size, device=q.device) <= positions  # RoPE marked the keys: order is free
+            filled = torch.arange(size, device=q.device) <= positions  # in any order: RoPE marked the keys
             return grouped_attention(q, *store, scale, mask=filled[None])
         end = int(self.length)
         old = torch.arange(max(0, end - size), end, device=q.device)
         k, v = torch.cat((store[:, :, :, old % size], new), dim=3)  # (B, G, S, D), in order
-        q = F.pad(q, (0, 0, len(old), 0))  # empty queries align the others with their keys
+        q = F.pad(q, (0, 0, len(old), 0))  # old keys get empty queries, so that the counts agree
         store.index_copy_(3, positions[-size:] % size, new[:, :, :, -size:])
         return sliding_window_attention(q, k, v, window, scale)[:, :, len(old):]
 
@@ -259,9 +259,9 @@ class Gemma(nn.Module):
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
         for name, weight in self.named_parameters():
-            if weight.ndim == 2:  # norms undo the scale of the matrices in a block: small ones turn faster
+            if weight.ndim == 2:  # norms undo a matrix's scale: the smaller it is, the more an update does
                 nn.init.normal_(weight, std=config.emb_dim ** -0.5 if name.startswith("embed") else 0.005)
-        self._apply(lambda tensor: tensor)  # makes the RoPE tables
+        self._apply(lambda tensor: tensor)  # makes the RoPE tables, which are neither weights nor buffers
 
     def _apply(self, fn, recurse=True):
         """Moves or casts the model, except its RoPE tables: they are made anew and stay in float32."""
@@ -282,8 +282,8 @@ class Gemma(nn.Module):
         visited = slice(T) if cache is None else cache.length + torch.arange(T, device=tokens.device)
         rope = {kind: table[:, visited] for kind, table in self.rope.items()}  # (2, T, D/2)
         x = self.embed_tokens(tokens)  # (B, T, E)
-        x = x * torch.tensor(self.config.emb_dim ** 0.5, dtype=x.dtype)  # rounded to it, as Gemma does
-        if compute_dtype(x) == torch.bfloat16:  # float16 could overflow here: its residual stream is float32
+        x = x * torch.tensor(self.config.emb_dim ** 0.5, dtype=x.dtype)  # 25.25 in bfloat16, as in Gemma
+        if compute_dtype(x) == torch.bfloat16:  # less memory to move; in float16 the sum could overflow
             x = x.bfloat16()
         for block, kind in zip(self.layers, self.config.layer_types):
             if self.checkpoint_activations and torch.is_grad_enabled():
@@ -301,7 +301,7 @@ class Gemma(nn.Module):
 
         def summed_loss(x, targets):  # (N, E), (N,) -> scalar
             return F.cross_entropy(F.linear(x, self.head).float(), targets, ignore_index=-1, reduction="sum")
-        N = max(1, 2 ** 27 // self.config.vocab_size)  # of this many tokens, float32 logits take 0.5 GB
+        N = max(1, 2 ** 27 // self.config.vocab_size)  # 0.5 GB of float32 logits, recomputed in backward
         chunks = zip(x.flatten(0, 1).split(N), targets.flatten().split(N))
         total = sum(recompute(summed_loss, *chunk, use_reentrant=False) for chunk in chunks)
         return total / (targets >= 0).sum().clamp(min=1)
@@ -458,13 +458,14 @@ def write_log(path, rows):
 # ---- training ----------------------------------------------------------------------------------------
 def pick_device(name="auto"):
     """A torch.device; under torchrun each process has its own GPU. Raises ValueError if it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    require(name == "cpu" or name[:4] == "cuda" and torch.cuda.is_available(), f"device {name} is not here")
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+    here = ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())))
+    require(name in here, f"device {name} is not here, only {', '.join(here)}")
+    return torch.device(name)
 
 def pick_dtype(name, device):
-    """The dtype of matrix products, and why; weights, optimizer and loss are float32 in any case."""
+    """The dtype of activations, and why; weights, optimizer, norms and loss are float32 in any case."""
     if name != "auto":
         return getattr(torch, name), "as asked"
     if device.type == "cuda":  # torch.cuda.is_bf16_supported() counts emulation and says yes on a T4
@@ -502,7 +503,7 @@ def train(config, model_config, state=None):
     step, rows, losses = 0, [], []  # losses of the steps since the last log line
     if state:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # empty if it ran without one
         step, rows = state["iteration"] // accum, state["rows"]
         losses = [loss.to(device) for loss in state["losses"]]
@@ -522,6 +523,13 @@ def train(config, model_config, state=None):
         f"writes  {config.out} at each validation, {Path(config.out).with_suffix('.csv')} at each line")
     if config.preset == "tiny":
         say("note    the tiny model is for a first look on a CPU; --preset 270m trains the full one")
+    def stop(number, frame):
+        nonlocal stopping
+        stopping = True
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
+
+    stopping = False
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     run = torch.compile(model) if compiling else model
     if compiling:
         try:
@@ -554,14 +562,6 @@ def train(config, model_config, state=None):
 
     def due(interval):  # at the first step's end at or after each multiple, and at the end of the run
         return step == steps or step * accum % interval < accum
-
-    def stop(number, frame):
-        nonlocal stopping
-        stopping = True
-        signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
-
-    stopping = False
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     if not state:
         validate()
     bar = tqdm(total=steps * accum, initial=step * accum, unit="it", disable=rank > 0 or None)

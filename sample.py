@@ -26,7 +26,8 @@ class Text:
     def add(self, token):
         """Takes a token and returns the characters that it completes; none from end-of-text on."""
         self.ended = self.ended or token == self.end
-        data = b"" if self.ended else self.tokenizer.decode_single_token_bytes(token)
+        known = not self.ended and token < self.tokenizer.n_vocab  # a padded vocabulary has more
+        data = self.tokenizer.decode_single_token_bytes(token) if known else b""
         return self.show(self.decoder.decode(data))
 
     def finish(self):
@@ -96,7 +97,7 @@ def main(argv=None):
     add("--max_new_tokens", type=int, help="longest continuation (default: 256; 1024 if tokens are bytes)")
     add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)")
     add("--top_k", type=int, default=64, help="draw from the k likeliest tokens (default: %(default)s)")
-    add("--top_p", type=float, default=0.95, help="and from the fewest with this share (%(default)s)")
+    add("--top_p", type=float, default=0.95, help="and from the fewest that hold this probability")
     add("--seed", type=int, help="the same seed gives the same text (default: another each time)")
     add("--device", default="auto", help="cuda, cpu; auto takes a GPU if there is one")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"),

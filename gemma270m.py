@@ -490,7 +490,7 @@ def train(config, model_config, state=None):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group()
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     say = tqdm.write if rank == 0 else lambda line: None
     torch.manual_seed(config.seed)
     model = Gemma(model_config).to(device)
@@ -540,7 +540,6 @@ def train(config, model_config, state=None):
             run = model
         optimizer.zero_grad()
     run = nn.parallel.DistributedDataParallel(run, gradient_as_bucket_view=True) if world > 1 else run
-
     def log(**row):
         row = {"iteration": step * accum, "step": step, **row}
         say(" | ".join(f"{name.replace('_', ' ')} {value:{LOG_FORMAT[name]}}" for name, value in row.items()))
@@ -564,6 +563,7 @@ def train(config, model_config, state=None):
         return step == steps or step * accum % interval < accum
     if not state:
         validate()
+    say(f"nothing left to do after iteration {step * accum:,}") if step >= steps else None
     bar = tqdm(total=steps * accum, initial=step * accum, unit="it", disable=rank > 0 or None)
     clock, clocked = time.perf_counter(), step
     while step < steps:

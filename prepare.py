@@ -552,6 +552,7 @@ def prepare(args):
     encoding, stories, val_stories, val_limit, source = choose(args)
     dtype = np.dtype(np.uint16 if encoding.n_vocab <= 2**16 else np.uint32)
     out = Path(args.out_dir)
+    new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     temporary = {name: out / f"{name}.tmp" for name in OUTPUTS}
     try:
@@ -578,6 +579,8 @@ def prepare(args):
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
+        if new and not any(out.iterdir()):
+            out.rmdir()
 
     for name, file in (("train.bin", train), ("val.bin", val)):
         print(f"{out / name}: {file.stories:,} stories, {file.tokens:,} tokens, "

@@ -1103,6 +1103,13 @@ def test_bad_input_is_one_line_and_changes_nothing(tmp_path, one, capsys, failur
         assert {path.name: path.read_bytes() for path in (tmp_path / "data").iterdir()} == before
 
 
+def test_a_failure_leaves_no_new_folder(tmp_path, one, capsys):
+    (tmp_path / "empty.txt").touch()
+    assert run_prepare(tmp_path, "--input", tmp_path / "empty.txt", "--tokenizer", "bytes") == 1
+    one_error(capsys, "empty.txt")
+    assert not (tmp_path / "data").exists()
+
+
 @pytest.mark.parametrize("argv, word", [
     (["--limit", "0"], "--limit"), (["--limit", "-3"], "--limit"), (["--limit", "1.5"], "--limit"),
     (["--limit", "\u00b2"], "--limit"), (["--tokenizer", "gpt5"], "gpt5"), (["--input"], "--input"),

@@ -309,7 +309,7 @@ def test_logits_and_gradients_equal_those_of_transformers(config, T, seed):
     F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
     theirs = {name.removeprefix("model."): weight.grad for name, weight in peer.named_parameters()}
     for name, weight in model.named_parameters():
-        assert_close(weight.grad, theirs[name], atol=1e-5, rtol=1e-3)
+        assert_close(weight.grad, theirs[name], atol=1e-4, rtol=1e-3)
 
 
 @few
@@ -1148,7 +1148,7 @@ def test_full_disk(tmp_path, one, capsys, monkeypatch):
     monkeypatch.setattr(prepare.TokenFile, "flush", full)
     assert run_prepare(tmp_path, "--input", one, "--tokenizer", "bytes") == 1
     one_error(capsys, "No space left on device")
-    assert os.listdir(tmp_path / "data") == []
+    assert not (tmp_path / "data").exists()
 
 
 def test_interruption_while_reading(tmp_path, one, capsys, monkeypatch):
@@ -1191,7 +1191,7 @@ def test_ctrl_c_on_the_command_line(tmp_path):
         process.send_signal(signal.SIGINT)
         errors = process.communicate(timeout=20)[1]
     assert process.returncode == 130 and errors.count("\n") == 1 and "interrupted" in errors
-    assert os.listdir(tmp_path / "data") == []
+    assert not (tmp_path / "data").exists()
 
 
 # Fallbacks
@@ -1263,7 +1263,7 @@ def test_failure_in_the_middle_of_the_download(tmp_path, monkeypatch, capsys):
     tinystories(monkeypatch, rows)
     assert run_prepare(tmp_path, "--tokenizer", "bytes") == 1
     one_error(capsys, "TinyStories", "connection lost")
-    assert os.listdir(tmp_path / "data") == []
+    assert not (tmp_path / "data").exists()
 
 
 # The built-in stories

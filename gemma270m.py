@@ -642,7 +642,7 @@ def settings(given):
     for name, value, limit in (("vocab_size", meta["vocab_size"], model_config.vocab_size),
                                ("block_size", config.block_size, model_config.context_length)):
         require(value <= limit, f"{name}: {value} does not fit a model made for {limit}")
-    require(not Path(out).is_dir(), f"out: {out} is a folder")
+    require(not Path(out).is_dir() and Path(out).suffix not in (".csv", ".png"), f"out cannot be {out}")
     return config, model_config, state
 
 def main(argv=None):

@@ -738,7 +738,8 @@ def workplace(data, whole, tmp_path_factory):
     "--data_dir=nowhere", "--data_dir=cut", "--data_dir=large", "--block_size=40000", "--grad_accum=0",
     "--max_iters=1", "--no_such_flag=1", "--batch=2", "word", "--lr=nan", "--lr=fast", "--dtype=foo",
     "--device=foo", "--preset=foo", "--n_kv_groups=3", "--seed=-1", "--context_length=2000 --block_size=700",
-    "--out=no/folder/out.pt", "--out=data", "--resume --out=nowhere.pt", "--resume --out=data/train.bin",
+    "--out=no/folder/out.pt", "--out=data", "--out=o.csv", "--out=o.png", "--resume --out=nowhere.pt",
+    "--resume --out=data/train.bin",
     "--resume --emb_dim=24", "--resume --preset=270m", "--resume --data_dir=large",
     "--resume --data_dir=other", "--resume --data_dir=cut", "--resume --block_size=40000",
     "--resume --grad_accum=0"))

@@ -19,6 +19,7 @@ import sys
 import time
 from dataclasses import fields, replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -37,9 +38,9 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 import gemma270m
 import prepare
 import sample
-from gemma270m import (PRESETS, Gemma, GemmaConfig, KVCache, RMSNorm, TrainConfig, apply_rope, evaluate,
-                       get_batch, learning_rate, load_checkpoint, load_data, main, pick_dtype, rope_tables,
-                       sample_token, save_checkpoint, sliding_window_attention, training_blocks)
+from gemma270m import (PRESETS, ChunkedLoss, Gemma, GemmaConfig, KVCache, RMSNorm, TrainConfig, apply_rope,
+                       evaluate, get_batch, learning_rate, load_checkpoint, load_data, main, pick_dtype,
+                       rope_tables, sample_token, save_checkpoint, sliding_window_attention, training_blocks)
 
 common = dict(deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("short", derandomize=True, max_examples=20, **common)
@@ -146,13 +147,15 @@ def dense_attention(q, k, v, window, scale):
 
 
 @given(B=st.integers(1, 2), G=st.integers(1, 3), shared=st.integers(1, 3), T=st.integers(1, 40),
-       D=st.integers(1, 8), window=st.integers(1, 45), seed=seeds)
-def test_sliding_window_attention_and_its_gradient_equal_a_dense_reference(B, G, shared, T, D, window, seed):
+       D=st.integers(1, 8), window=st.integers(1, 45), last=st.integers(1, 40), seed=seeds)
+def test_sliding_window_attention_and_its_gradient_equal_a_dense_reference(B, G, shared, T, D, window, last,
+                                                                           seed):
     torch.manual_seed(seed)
     q, k, v = (torch.randn(B, heads, T, D, dtype=torch.float64, requires_grad=True)
                for heads in (G * shared, G, G))
     got, expected = (f(q, k, v, window, 0.7) for f in (sliding_window_attention, dense_attention))
     assert_close(got, expected)
+    assert_close(sliding_window_attention(q[:, :, -last:], k, v, window, 0.7), expected[:, :, -last:])
     weight = torch.randn_like(got)
     assert_close(*(torch.autograd.grad(out, (q, k, v), weight) for out in (got, expected)))
 
@@ -179,7 +182,7 @@ def test_sliding_layers_make_nothing_of_size_t_by_t():
 @given(T=st.integers(1, 300), D=st.sampled_from((2, 4, 6, 16, 32)), base=st.floats(2, 1e6), seed=seeds)
 def test_rope_equals_complex_numbers_and_keeps_norms(T, D, base, seed):
     x = torch.randn(2, 3, T, D, generator=torch.Generator().manual_seed(seed))
-    turned = apply_rope(x, rope_tables(T, D, base))
+    turned = apply_rope(x, rope_tables(torch.arange(T), D, base))
     angle = np.outer(np.arange(T), base ** (-2 * np.arange(D // 2) / D))
     z = torch.complex(*x.double().chunk(2, dim=-1)) * torch.from_numpy(np.exp(1j * angle))
     assert_close(turned, torch.cat((z.real, z.imag), dim=-1).float(), atol=1e-3, rtol=0)
@@ -189,20 +192,19 @@ def test_rope_equals_complex_numbers_and_keeps_norms(T, D, base, seed):
 @given(distance=st.integers(0, 99), shift=st.integers(0, 200), base=st.floats(2, 1e6), seed=seeds)
 def test_scores_of_turned_vectors_depend_on_the_distance_only(distance, shift, base, seed):
     torch.manual_seed(seed)
-    q, k = (apply_rope(torch.randn(8).expand(1, 1, 300, 8), rope_tables(300, 8, base)) for _ in "qk")
+    q, k = (apply_rope(torch.randn(8).expand(1, 1, 300, 8), rope_tables(torch.arange(300), 8, base)) for _ in "qk")
     score = q[0, 0] @ k[0, 0].T
     assert_close(score[distance + shift, shift], score[distance, 0], atol=1e-3, rtol=0)
 
 
 @few
 @given(config=shapes, casts=st.lists(st.sampled_from(("bfloat16", "float16", "float64")), min_size=1))
-def test_rope_tables_survive_casts_and_copies(config, casts):
+def test_rope_survives_casts_and_copies(config, casts):
     config = replace(config, context_length=600)
     model = randomize(Gemma(config))
     for dtype in casts:
         model = copy.deepcopy(model.to(getattr(torch, dtype)))
-    for kind, base in (("sliding_attention", config.rope_local_base), ("full_attention", config.rope_base)):
-        assert_equal(model.rope[kind], rope_tables(600, config.head_dim, base))
+    assert rope_tables(torch.arange(600), config.head_dim, config.rope_base).dtype == torch.float32
     fresh = Gemma(config)
     fresh.load_state_dict(model.state_dict())
     tokens = some_tokens(config, 1, 600)
@@ -390,15 +392,51 @@ def test_generate_takes_its_sampling_arguments_by_position_too():
     assert Gemma(GemmaConfig(**SHAPE)).generate(tokens, 2, 1.0, 5, 0.9).shape == (1, 5)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("T, last, heads", ((40, 40, (4, 1)), (300, 300, (4, 1)), (300, 7, (6, 2))), ids=str)
+def test_each_attention_path_of_a_gpu_equals_the_dense_reference(dtype, T, last, heads):
+    torch.manual_seed(0)
+    H, G = heads
+    q, k, v = (torch.randn(2, n, T, 16, requires_grad=True) for n in (H, G, G))
+    expected = dense_attention(q, k, v, 50, 0.25)[:, :, -last:]
+    inputs = [t.detach().cuda().to(dtype).requires_grad_() for t in (q[:, :, -last:], k, v)]
+    got = sliding_window_attention(*inputs, 50, 0.25)
+    weight = torch.randn_like(expected)
+    for a, b in ((got, expected), *zip(torch.autograd.grad(got, inputs, weight.to(got)),
+                                       torch.autograd.grad(expected, (q, k, v), weight))):
+        a = a.float().cpu()
+        assert (a - b[:, :, -a.size(2):]).norm() < {torch.float32: 1e-4}.get(dtype, 1e-2) * b.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", (False, True))
+def test_greedy_text_from_recorded_steps_equals_that_of_full_forwards(compiled):
+    model = randomize(Gemma(GemmaConfig(**SHAPE))).cuda()
+    tokens = expected = some_tokens(model.config, 3, 9).cuda()
+    for _ in range(40):
+        expected = torch.cat((expected, model(expected)[:, -1].argmax(-1, keepdim=True)), dim=1)
+    model.compile() if compiled else None
+    assert torch.equal(model.generate(tokens, 40, temperature=0), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype, apart", (("float32", 1e-3), ("bfloat16", 0.02), ("float16", 0.05)))
+@pytest.mark.parametrize("given", ({}, {"checkpoint_activations": True}), ids=str)
+def test_training_on_a_gpu_follows_that_on_a_cpu(run, whole, dtype, apart, given):
+    for compile in (False, True):
+        state = run(device="cuda", dtype=dtype, compile=compile, **given)
+        assert_close(column(state, "val_loss"), column(whole, "val_loss"), rtol=0, atol=apart)
+
+
 def test_a_sequence_longer_than_the_context_raises_value_error():
     with pytest.raises(ValueError, match="context"):
         Gemma(GemmaConfig(**SHAPE))(torch.zeros(1, 65, dtype=torch.long))
 
 
-def with_loss_in_chunks(model, rows):
-    """Makes the model believe in a vocabulary so large that its loss takes so few rows at a time."""
-    model.config = replace(model.config, vocab_size=2 ** 27 // rows)
-    return model
+def loss_in_chunks(model, rows):
+    """Lets the loss take so few rows at a time."""
+    return mock.patch.object(ChunkedLoss, "logits", rows * model.config.vocab_size)
 
 
 @given(config=shapes, B=st.integers(1, 3), T=st.integers(1, 12), rows=st.integers(1, 40), seed=seeds,
@@ -410,7 +448,8 @@ def test_chunked_loss_and_its_gradient_equal_plain_cross_entropy(config, B, T, r
     logits = model(tokens).flatten(0, 1)
     total = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum")
     expected = total / max(1, B * T - sum(ignored))  # 0, not NaN, if all are ignored
-    got = with_loss_in_chunks(model, rows)(tokens, targets)
+    with loss_in_chunks(model, rows):
+        got = model(tokens, targets)
     assert got.shape == ()
     assert_close(got, expected)
     assert_close(gradients(got, model), gradients(expected, model))
@@ -418,11 +457,11 @@ def test_chunked_loss_and_its_gradient_equal_plain_cross_entropy(config, B, T, r
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_training_never_holds_all_logits_in_float32(dtype):
-    model = with_loss_in_chunks(randomize(Gemma(GemmaConfig(**{**SHAPE, "vocab_size": 1_000}))), rows=20)
+    model = randomize(Gemma(GemmaConfig(**{**SHAPE, "vocab_size": 1_000})))
     tokens = torch.randint(1_000, (2, 50))
     saved = []
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
-    with TensorsMade() as made:
+    with TensorsMade() as made, loss_in_chunks(model, rows=20):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), hooks:
             loss = model(tokens, tokens)
         loss.backward()
@@ -437,6 +476,14 @@ def test_a_residual_stream_beyond_float16_stays_finite_under_float16_autocast():
     with torch.autocast("cpu", torch.float16):
         got = model(some_tokens(model.config, 2, 30))
     assert_close(got.float(), model(some_tokens(model.config, 2, 30)), atol=0.01, rtol=0.01)
+
+
+def test_a_second_backward_pass_through_the_loss_is_an_error_and_not_a_wrong_gradient():
+    model, tokens = Gemma(GemmaConfig(**SHAPE)), torch.zeros(1, 9, dtype=torch.long)
+    loss = model(tokens, tokens)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @given(config=shapes, seed=seeds)
@@ -664,8 +711,6 @@ def test_processes_share_out_the_micro_batches_of_a_step(run, tmp_path, monkeypa
         return plain_forward(self, x, y)
 
     monkeypatch.setattr(Gemma, "forward", forward)
-    monkeypatch.setattr(Gemma, "no_sync", contextlib.nullcontext, raising=False)
-    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda model, **options: model)
     for name in ("init_process_group", "all_reduce", "destroy_process_group"):
         monkeypatch.setattr(dist, name, lambda *args: None)
     for world in (1, 2, 4):

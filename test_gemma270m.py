@@ -94,7 +94,8 @@ def write_data(folder, train, val, **meta):
 
 
 def flags(**values):
-    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items()]
+    return [f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}"
+            for name, value in values.items()]
 
 
 @pytest.fixture(scope="session")
@@ -421,7 +422,7 @@ def test_greedy_text_from_recorded_steps_equals_that_of_full_forwards(compiled):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype, apart", (("float32", 1e-3), ("bfloat16", 0.02), ("float16", 0.05)))
+@pytest.mark.parametrize("dtype, apart", (("float32", 1e-3), ("bfloat16", 0.1)))
 @pytest.mark.parametrize("given", ({}, {"checkpoint_activations": True}), ids=str)
 def test_training_on_a_gpu_follows_that_on_a_cpu(run, whole, dtype, apart, given):
     for compile in (False, True):

@@ -410,11 +410,10 @@ def training_blocks(iteration, batch_size, n_blocks, seed):
 
 def get_batch(data, blocks, block_size, device):
     """Inputs and targets, the same tokens one place apart; past the data's end targets are -1. 2 x (B, T)"""
-    rows = torch.full((len(blocks), block_size + 1), -1, pin_memory=device.type == "cuda")
-    for row, block in zip(rows, blocks):
-        piece = torch.from_numpy(data[block * block_size:(block + 1) * block_size + 1].astype(np.int64))
-        row[:len(piece)] = piece
-    rows = rows.to(device, non_blocking=True)  # from pinned memory the copy runs beside the computation
+    pieces = [data[i * block_size:(i + 1) * block_size + 1].astype(np.int64) for i in blocks]
+    rows = np.stack([np.pad(piece, (0, block_size + 1 - len(piece)), constant_values=-1) for piece in pieces])
+    rows = torch.from_numpy(rows)  # from pinned memory the copy to a GPU runs beside the computation
+    rows = (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
     return rows[:, :-1].clamp(min=0), rows[:, 1:]
 
 def learning_rate(config, step):
@@ -518,8 +517,8 @@ def train(config, model_config, state=None):
     model = Gemma(model_config).to(device)
     model.checkpoint_activations = config.checkpoint_activations
     weights, step_tokens = list(model.parameters()), config.batch_size * accum * config.block_size
-    sums = torch.zeros(model.num_parameters() + 1, device=device)  # a step's gradients and its loss
-    for weight, grad in zip(weights, sums.split([*(weight.numel() for weight in weights), 1])):
+    sums = torch.zeros(model.num_parameters() + 2, device=device)  # a step's gradients, loss and signals
+    for weight, grad in zip(weights, sums.split([*(weight.numel() for weight in weights), 2])):
         weight.grad = grad.view_as(weight)
     groups = [{"params": [w for w in weights if w.ndim > 1], "weight_decay": config.weight_decay},
               {"params": [w for w in weights if w.ndim == 1], "weight_decay": 0.0}]
@@ -550,7 +549,7 @@ def train(config, model_config, state=None):
         with autocast:
             loss = run(x, y) / accum
         scaler.scale(loss).backward()
-        sums[-1] += loss.detach()
+        sums[-2] += loss.detach()
     def log(**row):
         row = {"iteration": step * accum, "step": step, **row}
         say(" | ".join(f"{name.replace('_', ' ')} {value:{LOG_FORMAT[name]}}" for name, value in row.items()))
@@ -574,27 +573,29 @@ def train(config, model_config, state=None):
         run.compile()
     work = record(accumulate, x, y) if device.type == "cuda" else accumulate
     sums.zero_()
-    if not state:
-        validate()
+    validate() if not state else None
     bar = tqdm(total=steps * accum, initial=step * accum, unit="it", disable=rank > 0 or None)
-    clock, clocked = time.perf_counter(), step
+    clock, clocked, stop = time.perf_counter(), step, False
     while step < steps:
         for micro in range(rank, accum, world):
             work(x, y)
             x, y = fetch(step * accum + micro + world)  # while the device computes
             bar.update(world)
-            if signals:
+            if signals and world == 1:
                 break
-        if signals:  # the resumed run takes this step from its start
-            break
-        if world > 1:
+        stop = bool(signals)
+        if world > 1:  # all leave or none: the others would wait for one that left alone
+            sums[-1] = stop
             dist.all_reduce(sums)
+            stop = sums[-1].item() > 0
+        if stop:  # the resumed run takes this step from its start
+            break
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = learning_rate(config, step)
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(weights, config.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
-        losses.append(sums[-1].clone())
+        losses.append(sums[-2].clone())
         sums.zero_()
         step += 1
         if due(config.log_interval):
@@ -607,13 +608,12 @@ def train(config, model_config, state=None):
             validate()
             clock, clocked = time.perf_counter(), step  # the speed is that of training alone
     bar.close()
-    if signals:
+    if stop:
         save()
         say(f"stopped at iteration {step * accum:,}; {config.out} is up to date, --resume goes on from there")
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    if world > 1:
-        dist.destroy_process_group()
+    dist.destroy_process_group() if world > 1 else None
 
 # ---- command line ------------------------------------------------------------------------------------
 def settings(given):

@@ -695,12 +695,30 @@ def test_accumulated_micro_batches_equal_one_batch(run, batch_size, grad_accum):
     assert_equal_to_rounding(*states)
 
 
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(**given):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return [*command, gemma270m.__file__, *flags(**{**TOY, **given})]
+
+
 def test_two_processes_under_torchrun_equal_one(run, data, tmp_path):
     given, out = dict(grad_accum=4, max_iters=16, lr=1e-3, checkpoint_activations=True), tmp_path / "two.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [gemma270m.__file__, *flags(**{**TOY, **given, "data_dir": data, "out": out})]
-    subprocess.run(command, check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    subprocess.run(torchrun(data_dir=data, out=out, **given), check=True, timeout=120, env=ONE_THREAD)
     assert_equal_to_rounding(torch.load(out, weights_only=True), run(**given))
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_two_processes_stop_together_and_save(data, tmp_path, number):
+    out = tmp_path / "two.pt"
+    command = torchrun(data_dir=data, out=out, max_iters=10 ** 6, eval_interval=10 ** 6, log_interval=100)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ONE_THREAD)
+    next(line for line in process.stdout if "train loss" in line)
+    process.send_signal(number)
+    rest, _ = process.communicate(timeout=60)
+    state = load_checkpoint(out)
+    assert f"stopped at iteration {state['iteration']:,}" in rest and state["iteration"] >= 100
 
 
 def test_processes_share_out_the_micro_batches_of_a_step(run, tmp_path, monkeypatch):

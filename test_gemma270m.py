@@ -40,7 +40,8 @@ import prepare
 import sample
 from gemma270m import (PRESETS, ChunkedLoss, Gemma, GemmaConfig, KVCache, RMSNorm, TrainConfig, apply_rope,
                        evaluate, get_batch, learning_rate, load_checkpoint, load_data, main, pick_dtype,
-                       rope_tables, sample_token, save_checkpoint, sliding_window_attention, training_blocks)
+                       rope_tables, sample_token, save_checkpoint, sliding_window_attention, softmax_loss,
+                       training_blocks)
 
 common = dict(deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("short", derandomize=True, max_examples=20, **common)
@@ -193,7 +194,8 @@ def test_rope_equals_complex_numbers_and_keeps_norms(T, D, base, seed):
 @given(distance=st.integers(0, 99), shift=st.integers(0, 200), base=st.floats(2, 1e6), seed=seeds)
 def test_scores_of_turned_vectors_depend_on_the_distance_only(distance, shift, base, seed):
     torch.manual_seed(seed)
-    q, k = (apply_rope(torch.randn(8).expand(1, 1, 300, 8), rope_tables(torch.arange(300), 8, base)) for _ in "qk")
+    rope = rope_tables(torch.arange(300), 8, base)
+    q, k = (apply_rope(torch.randn(8).expand(1, 1, 300, 8), rope) for _ in "qk")
     score = q[0, 0] @ k[0, 0].T
     assert_close(score[distance + shift, shift], score[distance, 0], atol=1e-3, rtol=0)
 
@@ -477,6 +479,19 @@ def test_a_residual_stream_beyond_float16_stays_finite_under_float16_autocast():
     with torch.autocast("cpu", torch.float16):
         got = model(some_tokens(model.config, 2, 30))
     assert_close(got.float(), model(some_tokens(model.config, 2, 30)), atol=0.01, rtol=0.01)
+
+
+@given(lead=st.floats(0, 9), seed=seeds)
+def test_the_gradient_of_a_confident_bfloat16_row_is_rounded_once(lead, seed):
+    torch.manual_seed(seed)
+    logits, targets = torch.randn(30, 11), torch.randint(9, (30, 1))
+    logits = logits.scatter_add(1, targets, torch.full((30, 1), lead)).bfloat16()
+    p = logits[:, :9].double().softmax(1)
+    loss, gradient = softmax_loss(logits, targets, 9)
+    assert_close(loss.double(), -p.gather(1, targets).log().sum(), rtol=1e-5, atol=1e-5)
+    expected = p.scatter_add(1, targets, -torch.ones_like(p))
+    assert_close(gradient[:, :9].double(), expected, rtol=0.005, atol=1e-6)
+    assert not gradient[:, 9:].any()
 
 
 def test_a_second_backward_pass_through_the_loss_is_an_error_and_not_a_wrong_gradient():

@@ -81,13 +81,14 @@ def sample(args):
             if alone:
                 print(shown[0] if made else prompt + shown[0], end="", flush=True)
             made += len(shown)
-            if made == 2 * len(shown):  # the speed is that of decoding, without the prompt and the preparations
+            if made == 2 * len(shown):  # what prompt and preparations took is not decoding
                 began, before = time.perf_counter(), made
     seconds = time.perf_counter() - began
     shown = [text.finish() for text in texts]
     print(*shown if alone else (prompt + text.content for text in texts), sep="\n---------------\n")
-    print(f"{made:,} tokens, {(made - before) / seconds:,.0f} tokens/s, {sum(text.ended for text in texts)} of "
-          f"{args.num_samples} ended by end-of-text", file=sys.stderr)
+    speed, ended = (made - before) / seconds, sum(text.ended for text in texts)
+    print(f"{made:,} tokens, {speed:,.0f} tokens/s, {ended} of {args.num_samples} ended by end-of-text",
+          file=sys.stderr)
 
 
 def main(argv=None):

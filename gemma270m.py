@@ -9,8 +9,9 @@ The architecture is that of the Gemma 3 Technical Report (arXiv 2503.19786), wit
 official checkpoint. Letters in shapes: B sequences of T tokens, S positions attended to, E emb_dim, H query
 heads, G key/value heads (n_kv_groups), D head_dim, V vocab_size, W sliding_window.
 """
-import argparse, contextlib, copy, functools, inspect, json, math, os, re, signal, time
-from dataclasses import asdict, dataclass, fields, replace
+import argparse, contextlib, copy, functools, inspect, json, math, os, re, signal, statistics, time
+import zipfile, zlib
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,8 @@ class TrainConfig:
     data_dir: str = "data"  # folder that prepare.py wrote
     out: str = "out.pt"  # checkpoint; the log lies beside it as .csv (and .png if matplotlib is installed)
     resume: bool = False  # continue the run in --out; new flags count, but keep batch_size and grad_accum
+    overwrite: bool = False  # start anew although --out exists
+    bench: bool = False  # time training on random tokens instead, without data and without writing a file
     batch_size: int = 32  # sequences in a micro-batch; an iteration is one micro-batch
     grad_accum: int = 32  # micro-batches, over all processes, in a step (one optimizer update)
     block_size: int = 512  # tokens in a training sequence
@@ -393,9 +396,10 @@ def load_data(folder):
     try:
         meta = json.loads(Path(folder, "meta.json").read_text())
         train, val = (np.memmap(Path(folder, name), meta["dtype"], "r") for name in ("train.bin", "val.bin"))
-        require(len(train) == meta["train_tokens"] and len(val) == meta["val_tokens"], "a file was cut short")
-        require(meta.keys() >= {"tokenizer", "vocab_size", "end_of_text"}, "meta.json is incomplete")
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        written, meta_text = meta.pop("crc32"), json.dumps(meta, sort_keys=True).encode()
+        found = zlib.crc32(meta_text, zlib.crc32(val, zlib.crc32(train)))
+        require(found == written, "a file is not as it was written")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ValueError(f"no usable data in {folder} ({error}): run python prepare.py") from None
     return train, val, meta
 
@@ -454,6 +458,7 @@ def save_checkpoint(path, state):
 def load_checkpoint(path):
     """What train saved, on the CPU. Raises ValueError if the file is missing, damaged or something else."""
     try:
+        require(zipfile.ZipFile(path).testzip() is None, "a checksum does not fit")
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["model_config"] = GemmaConfig(**state["model_config"])
         state["train_config"] = TrainConfig(**state["train_config"])
@@ -462,7 +467,7 @@ def load_checkpoint(path):
     return state
 
 LOG_FORMAT = {"iteration": ",", "step": ",", "train_loss": ".4f", "val_loss": ".4f", "perplexity": ".1f",
-              "lr": ".2e", "grad_norm": ".2f", "tokens_per_second": ",.0f", "time_left": ""}
+              "lr": ".2e", "grad_norm": ".2f", "skipped": "", "tokens_per_second": ",.0f", "time_left": ""}
 
 def write_log(path, rows):
     """Writes the log beside the checkpoint as CSV and, after a validation, with matplotlib as a picture."""
@@ -499,80 +504,157 @@ def pick_dtype(name, device):
         return torch.bfloat16, "this CPU has instructions for it"
     return torch.float32, "this hardware has nothing faster"
 
-def train(config, model_config, state=None):
+class Trainer:
+    """Model, optimizer and the work of a step, in one process: what train and bench have in common.
+    All are float32; what computes is a worker, with the matrices of the blocks copied to half precision."""
+    def __init__(self, config, model_config):
+        self.config, self.device = config, pick_device(config.device)
+        self.dtype, reason = pick_dtype(config.dtype, self.device)
+        self.rank, self.world = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1)))
+        if self.world > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+        torch.manual_seed(config.seed)  # the same weights in every process
+        self.model = Gemma(model_config).to(self.device)
+        self.weights = list(self.model.parameters())
+        self.sums = torch.zeros(self.model.num_parameters() + 1, device=self.device)  # gradients, then loss
+        for weight, grad in zip(self.weights, self.sums.split([*(w.numel() for w in self.weights), 1])):
+            weight.grad = grad.view_as(weight)
+        groups = [{"params": [w for w in self.weights if w.ndim > 1], "weight_decay": config.weight_decay},
+                  {"params": [w for w in self.weights if w.ndim == 1], "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        self.worker, self.add = copy.deepcopy(self.model), torch._foreach_add_
+        for (name, copied), weight in zip(self.worker.named_parameters(), self.weights):
+            cast = self.dtype if name.startswith("layers") and weight.ndim > 1 else torch.float32
+            copied.data = weight.data.to(cast)  # the weight itself, if it is of that dtype
+        self.copies = list(self.worker.parameters())
+        self.worker.checkpoint_activations = config.checkpoint_activations
+        compiling = self.device.type == "cuda" if config.compile is None else config.compile
+        if compiling:  # but not model: validation is not worth the wait
+            self.worker.compile()
+            self.add = torch.compile(self.add, dynamic=False)
+        self.say = tqdm.write if self.rank == 0 else lambda line: None
+        self.say(f"model   {config.preset}, {self.model.num_parameters():,} parameters, "
+                 f"{model_config.vocab_size:,} words\n"
+                 f"device  {self.world} x {self.device.type}, {str(self.dtype)[6:]} ({reason}), "
+                 f"torch {torch.__version__}, {'compiled' if compiling else 'not compiled'}")
+    def accumulate(self, x, y):
+        """Adds a micro-batch's share of the step's gradient and mean loss to the sums. x, y (B, T)"""
+        with self.autocast:
+            loss = self.worker(x, y) / self.config.grad_accum
+        self.add([w.grad for w in self.weights], torch.autograd.grad(self.scaler.scale(loss), self.copies))
+        self.sums[-1] += loss.detach()
+    def recorded(self, x, y):
+        """What does the same as accumulate, compiled for x and y and on a GPU recorded."""
+        work = record(self.accumulate, x, y) if self.device.type == "cuda" else self.accumulate
+        self.sums.zero_()
+        return work
+    def update(self, rate):
+        """Ends a step: adds up the processes' sums, clips, updates the weights. -> loss, gradient norm"""
+        if self.world > 1:
+            dist.all_reduce(self.sums)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.weights, self.config.grad_clip or math.inf)
+        loss, norm = torch.stack((self.sums[-1], norm)).tolist()
+        if math.isfinite(norm) or self.scaler.is_enabled():  # the scaler skips an update by itself
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.refresh()
+        return loss, norm
+    @torch.no_grad()
+    def refresh(self):
+        torch._foreach_copy_(self.copies, self.weights)
+        self.sums.zero_()
+    def state_dict(self):
+        return {part: getattr(self, part).state_dict() for part in ("model", "optimizer", "scaler")}
+    def load_state_dict(self, state):
+        self.model.load_state_dict(state["model"])
+        groups = self.optimizer.state_dict()["param_groups"]  # the flags of this run count
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
+        self.scaler.load_state_dict(state["scaler"] or self.scaler.state_dict())  # {} if it ran without one
+        self.refresh()
+
+def bench(config, model_config):
+    """Times training on random tokens and prints what it takes, without data and without writing a file."""
+    began, trainer = time.perf_counter(), Trainer(config, model_config)
+    device, shape = trainer.device, (2, config.batch_size, config.block_size)
+    calls, size = (10, 8192) if device.type == "cuda" else (1, 2048)
+    x, y = torch.randint(model_config.vocab_size, shape, device=device)
+    def seconds(work, *inputs):  # of a call, the median of seven measurements
+        def measure():
+            start = time.perf_counter()
+            for _ in range(calls):
+                work(*inputs)
+            trainer.sums[-1].item()  # waits for the device
+            return (time.perf_counter() - start) / calls
+        return statistics.median(measure() for _ in range(7))
+    work, matrices = trainer.recorded(x, y), torch.randn(2, size, size, device=device).to(trainer.dtype)
+    work(x, y)
+    trainer.update(0.0)
+    ready = time.perf_counter() - began
+    iteration = seconds(work, x, y) / trainer.world + seconds(trainer.update, 0.0) / config.grad_accum
+    tokens, chip = x.numel() / iteration, 2 * size ** 3 / seconds(torch.mm, *matrices)  # both a second
+    speed = tokens * trainer.model.flops_per_token(config.block_size) / trainer.world
+    peak = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB at most" if device.type == "cuda" else ""
+    trainer.say(f"start   {ready:.0f} s until the first step is done, with compilation{peak}\n"
+                f"speed   {1000 * iteration:.1f} ms an iteration, {tokens:,.0f} tokens/s, {speed / 1e12:.4g} "
+                f"TFLOP/s, {speed / chip:.1%} of the {chip / 1e12:.4g} of a matrix product\n"
+                f"run     {config.max_iters:,} iterations take {tqdm.format_interval(config.max_iters * iteration)}")
+
+def train(config, model_config, data, state=None):
     """Trains as config says and leaves config.out; state is a checkpoint to continue.
     Under torchrun each process runs this; micro-batch i of a step belongs to process i % world."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    accum, steps = config.grad_accum, config.max_iters // config.grad_accum
-    require(accum % world == 0, f"grad_accum {accum} cannot be divided among {world} processes")
-    device = pick_device(config.device)
-    dtype, reason = pick_dtype(config.dtype, device)
-    compiling = device.type == "cuda" if config.compile is None else config.compile
-    train_data, val_data, meta = load_data(config.data_dir)
-    n_blocks = (len(train_data) - 1) // config.block_size
-    require(n_blocks > 0, f"block_size {config.block_size} exceeds the {len(train_data)} tokens of train.bin")
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    say = tqdm.write if rank == 0 else lambda line: None
-    torch.manual_seed(config.seed)  # the same weights in every process
-    model = Gemma(model_config).to(device)
-    model.checkpoint_activations = config.checkpoint_activations
-    weights, step_tokens = list(model.parameters()), config.batch_size * accum * config.block_size
-    sums = torch.zeros(model.num_parameters() + 2, device=device)  # a step's gradients, loss and signals
-    for weight, grad in zip(weights, sums.split([*(weight.numel() for weight in weights), 2])):
-        weight.grad = grad.view_as(weight)
-    groups = [{"params": [w for w in weights if w.ndim > 1], "weight_decay": config.weight_decay},
-              {"params": [w for w in weights if w.ndim == 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    step, rows, losses = 0, [], []  # losses of the steps since the last log line
+    (train_data, val_data, meta), accum = data, config.grad_accum
+    steps, step_tokens = config.max_iters // accum, config.batch_size * accum * config.block_size
+    trainer, n_blocks = Trainer(config, model_config), (len(train_data) - 1) // config.block_size
+    rank, world, say = trainer.rank, trainer.world, trainer.say
+    step, faults, rows, recent = 0, 0, [], []  # recent: loss and gradient norm of each step since a log line
     if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})
-        scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # empty if it ran without one
-        step, rows = state["iteration"] // accum, state["rows"]
-        losses = [loss.to(device) for loss in state["losses"]]
-    say(f"model   {config.preset}, {model.num_parameters():,} parameters, {model_config.vocab_size:,} words\n"
-        f"data    {config.data_dir}, {meta['tokenizer']}, {len(train_data):,} + {len(val_data):,} tokens\n"
+        trainer.load_state_dict(state)
+        step, rows, recent = state["iteration"] // accum, state["rows"], state["recent"]
+    say(f"data    {config.data_dir}, {meta['tokenizer']}, {len(train_data):,} + {len(val_data):,} tokens\n"
         f"run     {config.max_iters:,} iterations, {steps:,} steps of {step_tokens:,} tokens, "
         f"{steps * step_tokens / len(train_data):.2f} epochs\n"
-        f"device  {world} x {device.type}, {str(dtype)[6:]} ({reason}), torch {torch.__version__}, "
-        f"{'compiled' if compiling else 'not compiled'}\n"
-        f"writes  {config.out} at each validation, {Path(config.out).with_suffix('.csv')} at each line")
-    signals = []  # received so far; a second one ends the process at once
-    handlers = {number: signal.signal(number, lambda n, _: signals.append(signal.signal(n, signal.SIG_DFL)))
-                for number in (signal.SIGINT, signal.SIGTERM)}
+        f"writes  {config.out} and {Path(config.out).with_suffix('.csv')} at each validation")
+    signals = []  # when they came
+    def stop_soon(number, frame):
+        if signals and time.monotonic() - signals[0] > 1:  # torchrun repeats a Ctrl-C that all have heard
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        signals.append(time.monotonic())
+    handlers = {number: signal.signal(number, stop_soon) for number in (signal.SIGINT, signal.SIGTERM)}
+    def told_to_stop():
+        told = torch.tensor(float(len(signals)))
+        if world > 1:  # all leave or none: the others would wait for one that left alone
+            dist.all_reduce(told)
+        return told.item() > 0
     def fetch(iteration):
         blocks = training_blocks(iteration, config.batch_size, n_blocks, config.seed)
-        return get_batch(train_data, blocks, config.block_size, device)
-    def accumulate(x, y):
-        with autocast:
-            loss = run(x, y) / accum
-        scaler.scale(loss).backward()
-        sums[-2] += loss.detach()
+        return get_batch(train_data, blocks, config.block_size, trainer.device)
     def log(**row):
-        row = {"iteration": step * accum, "step": step, **row}
-        say(" | ".join(f"{name.replace('_', ' ')} {value:{LOG_FORMAT[name]}}" for name, value in row.items()))
-        rows.append(row)
-        write_log(config.out, rows) if rank == 0 else None
-    def save():
-        if rank == 0:
+        rows.append({"iteration": step * accum, "step": step, **row})
+        line = (f"{name.replace('_', ' ')} {value:{LOG_FORMAT[name]}}" for name, value in rows[-1].items())
+        say(" | ".join(line))
+    def save(needed):
+        try:
             save_checkpoint(config.out, {
                 "model_config": asdict(model_config), "train_config": asdict(config), "data": meta,
-                "iteration": step * accum, "rows": rows, "losses": losses, "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
+                "iteration": step * accum, "rows": rows, "recent": recent, **trainer.state_dict()})
+            write_log(config.out, rows)
+        except OSError as error:
+            require(not needed, f"{config.out} cannot be written: {error}")
+            say(f"warning: {config.out} stays as it was, the new state cannot be written: {error}")
     def validate():
-        loss = evaluate(model, val_data, config, autocast, rank, world)
+        loss = evaluate(trainer.model, val_data, config, trainer.autocast, rank, world)
         log(val_loss=loss, perplexity=math.exp(min(loss, 700)))
-        save()
+        save(needed=step in (0, steps)) if rank == 0 else None
     def due(interval):  # at the first step's end at or after each multiple, and at the end of the run
         return step == steps or step * accum % interval < accum
-    run, (x, y) = copy.copy(model), fetch(step * accum + rank)
-    if compiling:  # but not model, with which it shares the weights: validation is not worth compiling
-        run.compile()
-    work = record(accumulate, x, y) if device.type == "cuda" else accumulate
-    sums.zero_()
+    x, y = fetch(step * accum + rank)
+    work = trainer.recorded(x, y)
     validate() if not state else None
     bar = tqdm(total=steps * accum, initial=step * accum, unit="it", disable=rank > 0 or None)
     clock, clocked, stop = time.perf_counter(), step, False
@@ -581,35 +663,29 @@ def train(config, model_config, state=None):
             work(x, y)
             x, y = fetch(step * accum + micro + world)  # while the device computes
             bar.update(world)
-            if signals and world == 1:
+            if stop := told_to_stop():
                 break
-        stop = bool(signals)
-        if world > 1:  # all leave or none: the others would wait for one that left alone
-            sums[-1] = stop
-            dist.all_reduce(sums)
-            stop = sums[-1].item() > 0
         if stop:  # the resumed run takes this step from its start
             break
-        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = learning_rate(config, step)
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(weights, config.grad_clip or math.inf)
-        scaler.step(optimizer)
-        scaler.update()
-        losses.append(sums[-2].clone())
-        sums.zero_()
-        step += 1
+        rate = learning_rate(config, step)
+        loss, norm = trainer.update(rate)
+        step, faults, recent = step + 1, 0 if math.isfinite(norm) else faults + 1, [*recent, (loss, norm)]
+        bearable = 25 if trainer.scaler.is_enabled() else 3  # a scale of 2^16 first has to fall
+        require(faults < bearable, f"no finite gradient in the {faults} steps up to iteration {step * accum:,}, "
+                f"lr {rate:.1e}; {config.out} is that of the last validation")
         if due(config.log_interval):
-            mean, losses = torch.stack(losses).mean().item(), []  # waits for the device, before the clock
-            seconds, left = (time.perf_counter() - clock) / (step - clocked), steps - step
-            log(train_loss=mean, lr=learning_rate(config, step - 1), grad_norm=norm.item(),
-                tokens_per_second=step_tokens / seconds, time_left=tqdm.format_interval(seconds * left))
-            clock, clocked = time.perf_counter(), step
+            seconds, (losses, norms) = (time.perf_counter() - clock) / (step - clocked), zip(*recent)
+            skipped = len(norms) - sum(map(math.isfinite, norms))
+            log(train_loss=sum(losses) / len(losses), lr=rate, grad_norm=norm,
+                **{"skipped": skipped} if skipped else {}, tokens_per_second=step_tokens / seconds,
+                time_left=tqdm.format_interval(seconds * (steps - step)))
+            recent, clock, clocked = [], time.perf_counter(), step
         if due(config.eval_interval):
             validate()
             clock, clocked = time.perf_counter(), step  # the speed is that of training alone
     bar.close()
     if stop:
-        save()
+        save(needed=True) if rank == 0 else None
         say(f"stopped at iteration {step * accum:,}; {config.out} is up to date, --resume goes on from there")
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -617,29 +693,41 @@ def train(config, model_config, state=None):
 
 # ---- command line ------------------------------------------------------------------------------------
 def settings(given):
-    """The flags that were given -> (TrainConfig, GemmaConfig, checkpoint or None). Raises ValueError."""
-    out, preset = given.setdefault("out", TrainConfig.out), given.get("preset", "auto")
-    state = load_checkpoint(out) if given.get("resume") else None
-    if preset == "auto":
+    """The flags that were given -> what train takes; --bench goes without data. Raises ValueError."""
+    out, preset = Path(given.get("out", TrainConfig.out)), given.get("preset", "auto")
+    require(not out.is_dir() and out.suffix not in (".csv", ".png"), f"out cannot be {out}")
+    state, values = None, {}
+    if given.get("resume"):
+        state = load_checkpoint(out)
+        values = {**vars(state["train_config"]), **vars(state["model_config"])}
+    elif preset in ("auto", *PRESETS):
         default = "270m" if pick_device(given.get("device", "auto")).type == "cuda" else "tiny"
-        given["preset"] = state["train_config"].preset if state else default
-    given = given if state else {**PRESETS.get(given["preset"], {}), **given}
-    model_given = {name: given.pop(name) for name in list(given) if name in GemmaConfig.__dataclass_fields__}
-    config = replace(state["train_config"], **given) if state else TrainConfig(**given)
-    meta = load_data(config.data_dir)[-1]
+        values = {"preset": default, **PRESETS[default if preset == "auto" else preset]}
+    values |= {name: value for name, value in given.items() if (name, value) != ("preset", "auto")}
+    values["out"] = str(out)
+    def build(kind):
+        return kind(**{name: values[name] for name in kind.__dataclass_fields__ if name in values})
+    config, data, world = build(TrainConfig), None, int(os.environ.get("WORLD_SIZE", 1))
+    if not config.bench:
+        data = train_data, _, meta = load_data(config.data_dir)
+        values.setdefault("vocab_size", meta["vocab_size"])
+        require(len(train_data) > config.block_size, f"block_size {config.block_size} exceeds the data")
+    model_config = build(GemmaConfig)
+    fits = config.block_size <= model_config.context_length
+    require(fits, f"block_size {config.block_size} exceeds the context, {model_config.context_length}")
+    fits = config.grad_accum % world == 0
+    require(fits, f"grad_accum {config.grad_accum} cannot be divided among {world} processes")
     if state:
-        model_config = replace(state["model_config"], **model_given)
         same = model_config == state["model_config"] and config.preset == state["train_config"].preset
         require(same, f"resume: {out} holds another model than these flags describe")
         same = all(meta[key] == state["data"][key] for key in ("tokenizer", "vocab_size"))
         require(same, f"resume: the data in {config.data_dir} have another vocabulary than {out}")
-    else:
-        model_config = GemmaConfig(**{"vocab_size": meta["vocab_size"], **model_given})
-    for name, value, limit in (("vocab_size", meta["vocab_size"], model_config.vocab_size),
-                               ("block_size", config.block_size, model_config.context_length)):
-        require(value <= limit, f"{name}: {value} does not fit a model made for {limit}")
-    require(not Path(out).is_dir() and Path(out).suffix not in (".csv", ".png"), f"out cannot be {out}")
-    return config, model_config, state
+    elif data:
+        fits = meta["vocab_size"] <= model_config.vocab_size
+        require(fits, f"vocab_size {model_config.vocab_size} is below that of the data, {meta['vocab_size']}")
+        fits = config.overwrite or not out.exists()
+        require(fits, f"{out} exists: --resume goes on with it, --overwrite starts anew, --out names another")
+    return config, model_config, data, state
 
 def main(argv=None):
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
@@ -652,7 +740,8 @@ def main(argv=None):
             text = f"{comments[field.name]} (default: {field.default})"
             group.add_argument(f"--{field.name}", help=text, **kind)
     try:
-        train(*settings(vars(parser.parse_args(argv))))
+        config, model_config, data, state = settings(vars(parser.parse_args(argv)))
+        train(config, model_config, data, state) if data else bench(config, model_config)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         parser.error(str(error).splitlines()[0])
 

@@ -27,6 +27,7 @@ import sys
 import textwrap
 import threading
 import time
+import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -514,6 +515,16 @@ def split_single(train, val):
     train.file.truncate(train.tokens * width)
 
 
+def checksum(paths, meta):
+    """What gemma270m.py compares before it trains: the CRC-32 of the files, then of meta as sorted JSON."""
+    value = 0
+    for path in paths:
+        with open(path, "rb") as file:
+            while chunk := file.read(2 ** 20):
+                value = zlib.crc32(chunk, value)
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode(), value)
+
+
 def choose(args):
     """What to read, as (encoding, training stories, validation stories or None, their limit, description)."""
     files, val_files = find_files(args.input), find_files(args.val_input)
@@ -568,10 +579,11 @@ def prepare(args):
         for file, what in ((train, source), (val, " ".join(args.val_input) or source)):
             if not file.stories:
                 raise ValueError(f"{what}: no text in there")
-        temporary["meta.json"].write_text(json.dumps({
-            "tokenizer": encoding.name, "vocab_size": encoding.n_vocab, "dtype": dtype.name,
-            "end_of_text": encoding.eot_token, "train_tokens": train.tokens, "val_tokens": val.tokens,
-            "train_stories": train.stories, "val_stories": val.stories, "source": source}, indent=2) + "\n")
+        meta = {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab, "dtype": dtype.name,
+                "end_of_text": encoding.eot_token, "train_tokens": train.tokens, "val_tokens": val.tokens,
+                "train_stories": train.stories, "val_stories": val.stories, "source": source}
+        meta["crc32"] = checksum((temporary["train.bin"], temporary["val.bin"]), meta)
+        temporary["meta.json"].write_text(json.dumps(meta, indent=2) + "\n")
         # From here to the end there is no meta.json: interrupted now, the folder looks unfinished, as it is.
         (out / "meta.json").unlink(missing_ok=True)
         for name in OUTPUTS:

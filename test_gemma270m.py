@@ -88,9 +88,10 @@ def write_data(folder, train, val, **meta):
     folder.mkdir(exist_ok=True)
     for name, tokens in (("train", train), ("val", val)):
         np.asarray(tokens, dtype=np.uint16).tofile(folder / f"{name}.bin")
-    (folder / "meta.json").write_text(json.dumps({
-        "tokenizer": "bytes", "vocab_size": 40, "dtype": "uint16", "end_of_text": 39, "train_stories": 1,
-        "val_stories": 1, "train_tokens": len(train), "val_tokens": len(val), "source": "a test", **meta}))
+    meta = {"tokenizer": "bytes", "vocab_size": 40, "dtype": "uint16", "end_of_text": 39, "train_stories": 1,
+            "val_stories": 1, "train_tokens": len(train), "val_tokens": len(val), "source": "a test", **meta}
+    meta["crc32"] = prepare.checksum((folder / "train.bin", folder / "val.bin"), meta)
+    (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 
 

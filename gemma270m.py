@@ -9,8 +9,8 @@ The architecture is that of the Gemma 3 Technical Report (arXiv 2503.19786), wit
 official checkpoint. Letters in shapes: B sequences of T tokens, S positions attended to, E emb_dim, H query
 heads, G key/value heads (n_kv_groups), D head_dim, V vocab_size, W sliding_window.
 """
-import argparse, contextlib, copy, functools, inspect, json, math, os, re, signal, statistics, time
-import zipfile, zlib
+import argparse, contextlib, copy, functools, inspect, itertools, json, math, os, re, signal
+import statistics, time, zipfile, zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -381,14 +381,13 @@ def sample_token(logits, temperature, top_k=None, top_p=None, generator=None):
     """Draws a token from each row of logits. (B, V) -> (B,)"""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
-    if top_k is not None:
-        logits[logits < logits.topk(min(top_k, logits.size(1))).values[:, -1:]] = -math.inf
+    if top_k is None and top_p is None:
+        return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(1)
+    logits, tokens = logits.topk(min(top_k or logits.size(1), logits.size(1)))  # in falling order
+    p = (logits / temperature).softmax(-1)
     if top_p is not None:  # nucleus sampling, arXiv 1904.09751: the fewest tokens that hold top_p together
-        ordered, index = logits.sort(dim=-1, descending=True)
-        p = ordered.softmax(-1)
-        logits = logits.scatter(1, index, ordered.masked_fill(p.cumsum(-1) - p >= top_p, -math.inf))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)
+    return tokens.gather(1, torch.multinomial(p, 1, generator=generator)).squeeze(1)
 
 # ---- data and schedule -------------------------------------------------------------------------------
 def load_data(folder):
@@ -506,7 +505,7 @@ def pick_dtype(name, device):
 
 class Trainer:
     """Model, optimizer and the work of a step, in one process: what train and bench have in common.
-    All are float32; what computes is a worker, with the matrices of the blocks copied to half precision."""
+    These are float32; a worker computes, which shares the weights but has the blocks' in half precision."""
     def __init__(self, config, model_config):
         self.config, self.device = config, pick_device(config.device)
         self.dtype, reason = pick_dtype(config.dtype, self.device)
@@ -515,7 +514,12 @@ class Trainer:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
         torch.manual_seed(config.seed)  # the same weights in every process
         self.model = Gemma(model_config).to(self.device)
-        self.weights = list(self.model.parameters())
+        self.worker = copy.deepcopy(self.model)
+        self.worker.layers.to(self.dtype)
+        self.worker.checkpoint_activations = config.checkpoint_activations
+        self.weights, self.copies = list(self.model.parameters()), list(self.worker.parameters())
+        for weight, copied in zip(self.weights, self.copies):
+            copied.data = weight.data.to(copied.dtype)  # weight.data itself, if that is its dtype
         self.sums = torch.zeros(self.model.num_parameters() + 1, device=self.device)  # gradients, then loss
         for weight, grad in zip(self.weights, self.sums.split([*(w.numel() for w in self.weights), 1])):
             weight.grad = grad.view_as(weight)
@@ -524,16 +528,9 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-        self.worker, self.add = copy.deepcopy(self.model), torch._foreach_add_
-        for (name, copied), weight in zip(self.worker.named_parameters(), self.weights):
-            cast = self.dtype if name.startswith("layers") and weight.ndim > 1 else torch.float32
-            copied.data = weight.data.to(cast)  # the weight itself, if it is of that dtype
-        self.copies = list(self.worker.parameters())
-        self.worker.checkpoint_activations = config.checkpoint_activations
         compiling = self.device.type == "cuda" if config.compile is None else config.compile
         if compiling:  # but not model: validation is not worth the wait
             self.worker.compile()
-            self.add = torch.compile(self.add, dynamic=False)
         self.say = tqdm.write if self.rank == 0 else lambda line: None
         self.say(f"model   {config.preset}, {self.model.num_parameters():,} parameters, "
                  f"{model_config.vocab_size:,} words\n"
@@ -543,8 +540,11 @@ class Trainer:
         """Adds a micro-batch's share of the step's gradient and mean loss to the sums. x, y (B, T)"""
         with self.autocast:
             loss = self.worker(x, y) / self.config.grad_accum
-        self.add([w.grad for w in self.weights], torch.autograd.grad(self.scaler.scale(loss), self.copies))
-        self.sums[-1] += loss.detach()
+        gradients, place = torch.autograd.grad(self.scaler.scale(loss), self.copies), 0
+        for _, part in itertools.groupby((*gradients, loss.detach()), key=lambda gradient: gradient.dtype):
+            part = torch.cat([gradient.flatten() for gradient in part])  # one addition in place of hundreds
+            self.sums[place:place + len(part)] += part
+            place += len(part)
     def recorded(self, x, y):
         """What does the same as accumulate, compiled for x and y and on a GPU recorded."""
         work = record(self.accumulate, x, y) if self.device.type == "cuda" else self.accumulate

@@ -1,4 +1,9 @@
-"""Tests of gemma270m.py, prepare.py and sample.py. HYPOTHESIS_PROFILE=long searches twenty times as far."""
+"""Tests of gemma270m.py, prepare.py and sample.py. HYPOTHESIS_PROFILE=long searches twenty times as far.
+
+    python test_gemma270m.py train --batch_size 32 --block_size 512    # times gemma270m beside transformers
+    python test_gemma270m.py decode --num_samples 64
+"""
+import argparse
 import contextlib
 import copy
 import csv
@@ -1483,3 +1488,62 @@ def test_the_readme_tells_the_defaults():
         for name, value in re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", README, re.MULTILINE):
             if hasattr(config, name):
                 assert float(value.replace(",", "")) == getattr(config, name), name
+
+
+# ---- speed beside transformers -----------------------------------------------------------------------
+
+
+def compare_training(args, config, device, theirs):
+    """-> forward and backward of a micro-batch, ours and theirs, and its number of tokens"""
+    run = TrainConfig(batch_size=args.batch_size, block_size=args.block_size, dtype=args.dtype, grad_accum=1)
+    trainer = gemma270m.Trainer(run, config)
+    x, y = torch.randint(config.vocab_size, (2, args.batch_size, args.block_size), device=device)
+    work, theirs = trainer.recorded(x, y), torch.compile(theirs) if device.type == "cuda" else theirs
+    dtype = pick_dtype(args.their_dtype, device)[0]
+
+    def their_work():
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = theirs(input_ids=x, use_cache=False).logits
+        F.cross_entropy(logits.flatten(0, 1).float(), y.flatten()).backward()
+    return lambda: work(x, y), their_work, x.numel()
+
+
+def compare_decoding(args, config, device, theirs):
+    """-> a call of generate, ours and theirs, and the number of new tokens"""
+    ours = Gemma(config).to(device, pick_dtype(args.dtype, device)[0])
+    theirs = theirs.to(pick_dtype(args.their_dtype, device)[0]).eval()
+    x, n = torch.randint(config.vocab_size, (args.num_samples, 16), device=device), args.max_new_tokens
+    if device.type == "cuda":
+        ours.compile(options={"coordinate_descent_tuning": True, "combo_kernels": True})
+    cache = {"cache_implementation": "static"} if device.type == "cuda" else {}  # which they compile then
+    return (lambda: ours.generate(x, n),
+            lambda: theirs.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=n,
+                                    do_sample=True, top_k=0, pad_token_id=0, **cache), n * len(x))
+
+
+def compare(argv=None):
+    """Prints the tokens/s of this project and of transformers, measured in turn in one process."""
+    parser = argparse.ArgumentParser(description=compare.__doc__)
+    parser.add_argument("what", choices=("train", "decode"))
+    for name, default in (("batch_size", 32), ("block_size", 512), ("num_samples", 1), ("max_new_tokens", 256)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    for name in ("dtype", "their_dtype"):
+        parser.add_argument(f"--{name}", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    args, config, device = parser.parse_args(argv), GemmaConfig(), gemma270m.pick_device()
+    torch.set_num_threads(os.cpu_count())
+    how = compare_training if args.what == "train" else compare_decoding
+    *works, tokens = how(args, config, device, transformers_peer(config, 0)[0].to(device))
+    speeds = [[], []]
+    for _ in range(7):
+        for work, speed in zip(works, speeds):
+            start = time.perf_counter()
+            work()
+            torch.zeros(1, device=device).item()  # waits for the device
+            speed.append(tokens / (time.perf_counter() - start))
+    ours, theirs = (np.median(speed[2:]) for speed in speeds)  # the first two compile
+    ratio = np.median([a / b for a, b in zip(*speeds)][2:])
+    print(f"{args.what}: {ours:,.0f} tokens/s, transformers {theirs:,.0f}, ratio {ratio:.2f}")
+
+
+if __name__ == "__main__":
+    compare()

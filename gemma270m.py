@@ -9,7 +9,7 @@ The architecture is that of the Gemma 3 Technical Report (arXiv 2503.19786), wit
 official checkpoint. Letters in shapes: B sequences of T tokens, S positions attended to, E emb_dim, H query
 heads, G key/value heads (n_kv_groups), D head_dim, V vocab_size, W sliding_window.
 """
-import argparse, contextlib, copy, functools, inspect, json, math, os, re, signal, time
+import argparse, contextlib, copy, functools, inspect, json, math, os, re, signal, tempfile, time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint as recompute
@@ -49,7 +50,7 @@ class GemmaConfig:
     full_attention_every: int = 6  # every n-th layer attends to the whole context
     rope_local_base: float = 10_000.0  # RoPE base of the sliding layers
     rope_base: float = 1_000_000.0  # RoPE base of the full layers
-    query_pre_attn_scalar: float = 256  # scores are divided by its square root; usually head_dim
+    query_pre_attn_scalar: int = 256  # scores are divided by its square root; usually head_dim
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
     tie_embeddings: bool = True  # one matrix for input embedding and output head
     def __post_init__(self):
@@ -61,17 +62,37 @@ class GemmaConfig:
         full = range(self.full_attention_every - 1, self.n_layers, self.full_attention_every)
         return ["full_attention" if i in full else "sliding_attention" for i in range(self.n_layers)]
 
+OFFICIAL = {  # the names of these fields in the config.json of transformers
+    "vocab_size": "vocab_size", "context_length": "max_position_embeddings", "emb_dim": "hidden_size",
+    "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "n_kv_groups": "num_key_value_heads",
+    "head_dim": "head_dim", "hidden_dim": "intermediate_size", "sliding_window": "sliding_window",
+    "rope_local_base": "rope_local_base_freq", "rope_base": "rope_theta", "norm_eps": "rms_norm_eps",
+    "query_pre_attn_scalar": "query_pre_attn_scalar", "tie_embeddings": "tie_word_embeddings"}
+
+def official_config(config):
+    """A GemmaConfig as transformers' config.json has it, with RoPE in the older and the newer spelling."""
+    given = {theirs: getattr(config, ours) for ours, theirs in OFFICIAL.items()}
+    bases = {"full_attention": given["rope_theta"], "sliding_attention": given["rope_local_base_freq"]}
+    rope = {kind: {"rope_type": "default", "rope_theta": base} for kind, base in bases.items()}
+    return {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "attention_bias": False,
+            "attention_dropout": 0.0, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+            "hidden_activation": "gelu_pytorch_tanh", "use_bidirectional_attention": False,
+            "layer_types": config.layer_types, "rope_scaling": None, "rope_parameters": rope, **given}
+
 PRESETS = {  # sets of flags; any flag given beside --preset wins
     "270m": {},
     "tiny": dict(emb_dim=128, n_layers=6, n_heads=2, head_dim=32, hidden_dim=384, sliding_window=128,
                  full_attention_every=3, query_pre_attn_scalar=32, batch_size=4, grad_accum=1, max_iters=800,
                  warmup_iters=60, lr=5e-3, eval_interval=200, eval_tokens=32_768, log_interval=50),
+    "finetune": dict(batch_size=8, grad_accum=4, max_iters=800, warmup_iters=80, lr=5e-5, eval_interval=200,
+                     eval_tokens=131_072, log_interval=20),
 }
 
 @dataclass
 class TrainConfig:
     """One training run. Raises ValueError naming the field that does not fit."""
-    preset: str = "auto"  # 270m, tiny, or auto: 270m on a GPU, tiny on a CPU
+    preset: str = "auto"  # 270m, tiny, finetune; auto: finetune with --init_from, 270m on a GPU, else tiny
+    init_from: str = None  # model to fine-tune: a folder that transformers reads, or its name on the hub
     data_dir: str = "data"  # folder that prepare.py wrote
     out: str = "out.pt"  # checkpoint; the log lies beside it as .csv (and .png if matplotlib is installed)
     resume: bool = False  # continue the run in --out; new flags count, but keep batch_size and grad_accum
@@ -100,6 +121,7 @@ class TrainConfig:
         require(max(self.beta1, self.beta2) < 1, f"beta1 {self.beta1} or beta2 {self.beta2} is not below 1")
         require(self.max_iters >= self.grad_accum, f"max_iters {self.max_iters} is less than one step")
         require(self.preset in ("auto", *PRESETS), f"preset must be auto, {' or '.join(PRESETS)}")
+        require(self.preset != "finetune" or self.init_from, "preset finetune needs --init_from")
         require(self.dtype in ("auto", "bfloat16", "float16", "float32"), f"dtype cannot be {self.dtype}")
 
 # ---- layers ------------------------------------------------------------------------------------------
@@ -352,6 +374,58 @@ class Gemma(nn.Module):
     def num_parameters(self):
         """Trainable numbers; those of a tied head count once."""
         return sum(weight.numel() for weight in self.parameters())
+    @classmethod
+    def from_pretrained(cls, folder):
+        """The Gemma3ForCausalLM of a folder that transformers reads, or of a repository on the hub, in
+        float32. Raises ValueError naming what is missing, unknown or not implemented here."""
+        try:
+            path = Path(folder)
+            if not path.is_dir() and str(folder).count("/") == 1:
+                from huggingface_hub import snapshot_download
+                path = Path(snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors"]))
+            given = {"tie_word_embeddings": True, **json.loads((path / "config.json").read_text())}
+            rope, types = given.get("rope_parameters") or {}, given.get("layer_types")
+            for name, kind in ("rope_theta", "full_attention"), ("rope_local_base_freq", "sliding_attention"):
+                given |= {name: rope[kind]["rope_theta"]} if kind in rope else {}
+            missing = ", ".join(k for k in OFFICIAL.values() if type(given.get(k)) not in (bool, int, float))
+            require(not missing, f"config.json of a {given.get('model_type')} has no number for {missing}")
+            every = [*types, "full_attention"].index("full_attention") + 1 if types else None
+            config = GemmaConfig(**{ours: given[theirs] for ours, theirs in OFFICIAL.items()},
+                                 full_attention_every=every or given.get("sliding_window_pattern", 6))
+            for name, value in official_config(config).items():
+                fits = (given.get(name, value) or None) == (value or None)
+                require(fits, f"{name} {given.get(name)} is not implemented, only {value}")
+            with torch.device("meta"):  # without initial values
+                model = cls(config)
+            files = [path / "model.safetensors"]
+            files = files if files[0].exists() else path.glob("model-*.safetensors")
+            weights = {name.removeprefix("model."): weight.float()
+                       for file in files for name, weight in load_file(file).items()}
+            for name in sorted(weights.keys() | model.state_dict().keys()):
+                want, have = (w[name].shape if name in w else None for w in (model.state_dict(), weights))
+                require(want == have, f"tensor {name}: config.json wants {want}, found {have}")
+            model.load_state_dict(weights, assign=True)
+        except Exception as error:  # json, safetensors and the hub raise very different things
+            raise ValueError(f"{folder} cannot be loaded: {error!r:.300}") from None
+        return model
+    def save_pretrained(self, folder, tokenizer=None):
+        """Writes what transformers reads, whole or not at all. A tokenizer is one of prepare.load_tokenizer
+        or of transformers. Raises ValueError if the folder is not empty or transformers forbids the shape."""
+        c, folder = self.config, Path(folder).resolve()
+        require(not folder.exists() or folder.is_dir() and not any(folder.iterdir()), f"{folder} exists")
+        require(c.emb_dim % c.n_heads == 0, f"transformers wants n_heads to divide emb_dim, {c.emb_dim}")
+        special = {f"{x}_token_id": getattr(tokenizer, f"{x}_token_id", None) for x in ("bos", "eos", "pad")}
+        files = {"config.json": {**official_config(c), "dtype": "float32", **special, "pad_token_id": None},
+                 "generation_config.json": special}  # transformers never trains the row of config.json's pad
+        weights = {("" if name == "lm_head.weight" else "model.") + name: weight.float().cpu()
+                   for name, weight in self.state_dict().items()}
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+            (part := Path(temporary, "folder")).mkdir()
+            tokenizer.save_pretrained(part) if tokenizer is not None else None
+            save_file(weights, part / "model.safetensors", {"format": "pt"})
+            for name, content in files.items():
+                (part / name).write_text(json.dumps(content, indent=2) + "\n")
+            part.replace(folder)
     def flops_per_token(self, T):
         """Operations per token of forward and backward on sequences of T tokens: six per weight of a matrix
         product (arXiv 2001.08361, section 2.1), twelve per entry of a visible key."""
@@ -515,7 +589,8 @@ def train(config, model_config, state=None):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     say = tqdm.write if rank == 0 else lambda line: None
     torch.manual_seed(config.seed)  # the same weights in every process
-    model = Gemma(model_config).to(device)
+    pretrained = config.init_from and not state
+    model = (Gemma.from_pretrained(config.init_from) if pretrained else Gemma(model_config)).to(device)
     model.checkpoint_activations = config.checkpoint_activations
     weights, step_tokens = list(model.parameters()), config.batch_size * accum * config.block_size
     sums = torch.zeros(model.num_parameters() + 2, device=device)  # a step's gradients, loss and signals
@@ -536,7 +611,7 @@ def train(config, model_config, state=None):
     say(f"model   {config.preset}, {model.num_parameters():,} parameters, {model_config.vocab_size:,} words\n"
         f"data    {config.data_dir}, {meta['tokenizer']}, {len(train_data):,} + {len(val_data):,} tokens\n"
         f"run     {config.max_iters:,} iterations, {steps:,} steps of {step_tokens:,} tokens, "
-        f"{steps * step_tokens / len(train_data):.2f} epochs\n"
+        f"{steps * step_tokens / len(train_data):.2f} epochs, lr {config.lr:g}\n"
         f"device  {world} x {device.type}, {str(dtype)[6:]} ({reason}), torch {torch.__version__}, "
         f"{'compiled' if compiling else 'not compiled'}\n"
         f"writes  {config.out} at each validation, {Path(config.out).with_suffix('.csv')} at each line")
@@ -622,6 +697,7 @@ def settings(given):
     state = load_checkpoint(out) if given.get("resume") else None
     if preset == "auto":
         default = "270m" if pick_device(given.get("device", "auto")).type == "cuda" else "tiny"
+        default = "finetune" if given.get("init_from") else default
         given["preset"] = state["train_config"].preset if state else default
     given = given if state else {**PRESETS.get(given["preset"], {}), **given}
     model_given = {name: given.pop(name) for name in list(given) if name in GemmaConfig.__dataclass_fields__}
@@ -629,10 +705,18 @@ def settings(given):
     meta = load_data(config.data_dir)[-1]
     if state:
         model_config = replace(state["model_config"], **model_given)
-        same = model_config == state["model_config"] and config.preset == state["train_config"].preset
+        same = model_config == state["model_config"] and all(
+            getattr(config, name) == getattr(state["train_config"], name) for name in ("preset", "init_from"))
         require(same, f"resume: {out} holds another model than these flags describe")
         same = all(meta[key] == state["data"][key] for key in ("tokenizer", "vocab_size"))
         require(same, f"resume: the data in {config.data_dir} have another vocabulary than {out}")
+    elif config.init_from:
+        model_config, words = Gemma.from_pretrained(config.init_from).config, meta["tokenizer"]
+        same = replace(model_config, **model_given) == model_config
+        require(same, f"init_from: {config.init_from} holds another model than these flags describe")
+        same = words in (config.init_from, os.path.realpath(config.init_from))
+        require(same, f"init_from: {config.data_dir} has the vocabulary of {words}: "
+                      f"run python prepare.py --tokenizer {config.init_from}")
     else:
         model_config = GemmaConfig(**{"vocab_size": meta["vocab_size"], **model_given})
     for name, value, limit in (("vocab_size", meta["vocab_size"], model_config.vocab_size),

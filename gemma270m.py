@@ -397,10 +397,8 @@ class Gemma(nn.Module):
                 require(fits, f"{name} {given.get(name)} is not implemented, only {value}")
             with torch.device("meta"):  # without initial values
                 model = cls(config)
-            files = [path / "model.safetensors"]
-            files = files if files[0].exists() else path.glob("model-*.safetensors")
-            weights = {name.removeprefix("model."): weight.float()
-                       for file in files for name, weight in load_file(file).items()}
+            weights = {name.removeprefix("model."): weight.float() for file in path.glob("model*.safetensors")
+                       for name, weight in load_file(file).items()}
             for name in sorted(weights.keys() | model.state_dict().keys()):
                 want, have = (w[name].shape if name in w else None for w in (model.state_dict(), weights))
                 require(want == have, f"tensor {name}: config.json wants {want}, found {have}")
@@ -412,7 +410,7 @@ class Gemma(nn.Module):
         """Writes what transformers reads, whole or not at all. A tokenizer is one of prepare.load_tokenizer
         or of transformers. Raises ValueError if the folder is not empty or transformers forbids the shape."""
         c, folder = self.config, Path(folder).resolve()
-        require(not folder.exists() or folder.is_dir() and not any(folder.iterdir()), f"{folder} exists")
+        require(not any(folder.glob("*")), f"{folder} is not empty: name a new folder")
         require(c.emb_dim % c.n_heads == 0, f"transformers wants n_heads to divide emb_dim, {c.emb_dim}")
         special = {f"{x}_token_id": getattr(tokenizer, f"{x}_token_id", None) for x in ("bos", "eos", "pad")}
         files = {"config.json": {**official_config(c), "dtype": "float32", **special, "pad_token_id": None},
@@ -714,9 +712,8 @@ def settings(given):
         model_config, words = Gemma.from_pretrained(config.init_from).config, meta["tokenizer"]
         same = replace(model_config, **model_given) == model_config
         require(same, f"init_from: {config.init_from} holds another model than these flags describe")
-        same = words in (config.init_from, os.path.realpath(config.init_from))
-        require(same, f"init_from: {config.data_dir} has the vocabulary of {words}: "
-                      f"run python prepare.py --tokenizer {config.init_from}")
+        require(words in (config.init_from, os.path.realpath(config.init_from)), f"init_from: the data have "
+                f"tokens of {words}, so run python prepare.py --tokenizer {config.init_from}")
     else:
         model_config = GemmaConfig(**{"vocab_size": meta["vocab_size"], **model_given})
     for name, value, limit in (("vocab_size", meta["vocab_size"], model_config.vocab_size),

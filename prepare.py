@@ -155,11 +155,9 @@ class FolderTokenizer:
         return np.array(self.encode_ordinary(text), np.uint32)
 
     def decode_single_token_bytes(self, token):
-        if token in self.added:
-            return self.added[token].content.encode()
         piece = self.tokenizer.id_to_token(token) or ""  # a vocabulary may have gaps
         if self.byte_level:
-            return bytes(map(BYTES.get, piece))
+            return piece.encode() if token in self.added else bytes(map(BYTES.get, piece))
         byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
         return bytes.fromhex(byte[1]) if byte else piece.replace(SPACE, " ").encode()
 

@@ -371,9 +371,6 @@ class Gemma(nn.Module):
     def generate(self, tokens, *args, **kwargs):
         """tokens (B, T) and the n that stream, given the same arguments, yields. -> (B, T + n)"""
         return torch.stack((*tokens.T, *self.stream(tokens, *args, **kwargs)), dim=1)
-    def num_parameters(self):
-        """Trainable numbers; those of a tied head count once."""
-        return sum(weight.numel() for weight in self.parameters())
     @classmethod
     def from_pretrained(cls, folder):
         """The Gemma3ForCausalLM of a folder that transformers reads, or of a repository on the hub, in
@@ -399,12 +396,14 @@ class Gemma(nn.Module):
                 model = cls(config)
             weights = {name.removeprefix("model."): weight.float() for file in path.glob("model*.safetensors")
                        for name, weight in load_file(file).items()}
-            for name in sorted(weights.keys() | model.state_dict().keys()):
-                want, have = (w[name].shape if name in w else None for w in (model.state_dict(), weights))
+            ours = model.state_dict()
+            for name in sorted(weights.keys() | ours.keys()):
+                want, have = (list(w[name].shape) if name in w else "nothing" for w in (ours, weights))
                 require(want == have, f"tensor {name}: config.json wants {want}, found {have}")
             model.load_state_dict(weights, assign=True)
         except Exception as error:  # json, safetensors and the hub raise very different things
-            raise ValueError(f"{folder} cannot be loaded: {error!r:.300}") from None
+            why = str(error) if isinstance(error, ValueError) else repr(error)
+            raise ValueError(f"{folder} cannot be loaded: {why:.300}") from None
         return model
     def save_pretrained(self, folder, tokenizer=None):
         """Writes what transformers reads, whole or not at all. A tokenizer is one of prepare.load_tokenizer
@@ -424,6 +423,9 @@ class Gemma(nn.Module):
             for name, content in files.items():
                 (part / name).write_text(json.dumps(content, indent=2) + "\n")
             part.replace(folder)
+    def num_parameters(self):
+        """Trainable numbers; those of a tied head count once."""
+        return sum(weight.numel() for weight in self.parameters())
     def flops_per_token(self, T):
         """Operations per token of forward and backward on sequences of T tokens: six per weight of a matrix
         product (arXiv 2001.08361, section 2.1), twelve per entry of a visible key."""

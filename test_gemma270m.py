@@ -1553,7 +1553,8 @@ def test_the_older_spelling_of_config_json_means_the_same(gemma_folder, tmp_path
 
 @pytest.mark.parametrize("name, value", (
     ("model_type", "gemma2"), ("architectures", ["Gemma3ForSequenceClassification"]),
-    ("attention_bias", True), ("final_logit_softcapping", 30.0), ("attn_logit_softcapping", 50.0), ("hidden_activation", "silu"),
+    ("attention_bias", True), ("final_logit_softcapping", 30.0), ("attn_logit_softcapping", 50.0),
+    ("hidden_activation", "silu"),
     ("use_bidirectional_attention", True), ("attention_dropout", 0.1),
     ("rope_scaling", {"rope_type": "linear", "factor": 8.0}),
     ("rope_parameters", {"full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
@@ -1652,7 +1653,8 @@ def test_the_tokenizer_of_a_folder_gives_the_tokens_of_transformers_and_the_text
 def test_an_added_token_of_a_byte_level_tokenizer_stands_for_itself(tmp_path):
     prepare.load_tokenizer("bytes").save_pretrained(tmp_path)
     given = json.loads((tmp_path / "tokenizer.json").read_text())
-    given["added_tokens"].append({**given["added_tokens"][0], "id": 257, "content": "\u4e2d ", "special": False})
+    end, = given["added_tokens"]
+    given["added_tokens"].append({**end, "id": 257, "content": "\u4e2d ", "special": False})
     (tmp_path / "tokenizer.json").write_text(json.dumps(given))
     tokenizer = prepare.load_tokenizer(str(tmp_path))
     assert tokenizer.encode_ordinary("a\u4e2d b") == [97, 257, 98] and tokenizer.n_vocab == 258

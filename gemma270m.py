@@ -5,21 +5,23 @@
     python sample.py --ckpt out.pt              # tells a story
     torchrun --nproc_per_node 4 gemma270m.py    # the same training on four GPUs
 
-The architecture is that of the Gemma 3 Technical Report (arXiv 2503.19786), with the parameter names of the
-official checkpoint. Letters in shapes: B sequences of T tokens, S positions attended to, E emb_dim, H query
-heads, G key/value heads (n_kv_groups), D head_dim, V vocab_size, W sliding_window.
+The architecture and its names are those of the Gemma 3 Technical Report (arXiv 2503.19786) and the official
+checkpoint. Letters in shapes: B sequences of T tokens, S positions attended to, E emb_dim, H query heads,
+G key/value heads (n_kv_groups), D head_dim, V vocab_size, W sliding_window.
 """
-import argparse, contextlib, copy, functools, inspect, itertools, json, math, os, re, signal
-import statistics, time, zipfile, zlib
-from dataclasses import asdict, dataclass, fields
+import argparse, contextlib, copy, functools, inspect, itertools, json, math, os, re, signal, tempfile, time
+import zipfile, zlib
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
@@ -29,11 +31,14 @@ def require(condition, message):
     if not condition:
         raise ValueError(message)
 
-def require_positive(config, or_zero=()):
-    """Raises ValueError naming the first number of a config that is not positive and finite."""
-    for name, value in vars(config).items():
-        fits = type(value) not in (int, float) or 0 < value < math.inf or value == 0 and name in or_zero
-        require(fits, f"{name} cannot be {value}")
+def check_fields(config, or_zero=()):
+    """Raises ValueError naming the first field of a wrong type, or number that is not positive and finite."""
+    for field in fields(config):
+        value, number = getattr(config, field.name), field.type in (int, float)
+        fits = isinstance(value, (int, float) if field.type is float else field.type) or value is field.default
+        if fits and number and value is not None:
+            fits = 0 < value < math.inf or value == 0 and field.name in or_zero
+        require(fits, f"{field.name} cannot be {value}")
 
 @dataclass
 class GemmaConfig:
@@ -50,29 +55,49 @@ class GemmaConfig:
     full_attention_every: int = 6  # every n-th layer attends to the whole context
     rope_local_base: float = 10_000.0  # RoPE base of the sliding layers
     rope_base: float = 1_000_000.0  # RoPE base of the full layers
-    query_pre_attn_scalar: float = 256  # scores are divided by its square root; usually head_dim
+    query_pre_attn_scalar: int = 256  # scores are divided by its square root; usually head_dim
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
     tie_embeddings: bool = True  # one matrix for input embedding and output head
     def __post_init__(self):
-        require_positive(self)
+        check_fields(self)
         require(self.n_heads % self.n_kv_groups == 0, f"n_kv_groups must divide n_heads, {self.n_heads}")
         require(self.head_dim % 2 == 0, "head_dim must be even: RoPE turns pairs")
     @property
     def layer_types(self) -> list[str]:
-        full = range(self.full_attention_every - 1, self.n_layers, self.full_attention_every)
-        return ["full_attention" if i in full else "sliding_attention" for i in range(self.n_layers)]
+        places = range(1, self.n_layers + 1)
+        return ["sliding_attention" if i % self.full_attention_every else "full_attention" for i in places]
+
+OFFICIAL = {  # the names of these fields in the config.json of transformers
+    "vocab_size": "vocab_size", "context_length": "max_position_embeddings", "emb_dim": "hidden_size",
+    "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "n_kv_groups": "num_key_value_heads",
+    "head_dim": "head_dim", "hidden_dim": "intermediate_size", "sliding_window": "sliding_window",
+    "rope_local_base": "rope_local_base_freq", "rope_base": "rope_theta", "norm_eps": "rms_norm_eps",
+    "query_pre_attn_scalar": "query_pre_attn_scalar", "tie_embeddings": "tie_word_embeddings"}
+
+def official_config(config):
+    """A GemmaConfig as transformers' config.json has it, with RoPE in the older and the newer spelling."""
+    given = {theirs: getattr(config, ours) for ours, theirs in OFFICIAL.items()}
+    bases = {"full_attention": given["rope_theta"], "sliding_attention": given["rope_local_base_freq"]}
+    rope = {kind: {"rope_type": "default", "rope_theta": base} for kind, base in bases.items()}
+    return {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "attention_bias": False,
+            "attention_dropout": 0.0, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+            "hidden_activation": "gelu_pytorch_tanh", "use_bidirectional_attention": False,
+            "layer_types": config.layer_types, "rope_scaling": None, "rope_parameters": rope, **given}
 
 PRESETS = {  # sets of flags; any flag given beside --preset wins
     "270m": {},
     "tiny": dict(emb_dim=128, n_layers=6, n_heads=2, head_dim=32, hidden_dim=384, sliding_window=128,
                  full_attention_every=3, query_pre_attn_scalar=32, batch_size=4, grad_accum=1, max_iters=800,
                  warmup_iters=60, lr=5e-3, eval_interval=200, eval_tokens=32_768, log_interval=50),
+    "finetune": dict(batch_size=8, grad_accum=4, max_iters=800, warmup_iters=80, lr=5e-5, eval_interval=200,
+                     eval_tokens=131_072, log_interval=20),
 }
 
 @dataclass
 class TrainConfig:
     """One training run. Raises ValueError naming the field that does not fit."""
-    preset: str = "auto"  # 270m, tiny, or auto: 270m on a GPU, tiny on a CPU
+    preset: str = "auto"  # 270m, tiny, finetune; auto: finetune with --init_from, 270m on a GPU, else tiny
+    init_from: str = None  # model to fine-tune: a folder that transformers reads, or its name on the hub
     data_dir: str = "data"  # folder that prepare.py wrote
     out: str = "out.pt"  # checkpoint; the log lies beside it as .csv (and .png if matplotlib is installed)
     resume: bool = False  # continue the run in --out; new flags count, but keep batch_size and grad_accum
@@ -98,11 +123,12 @@ class TrainConfig:
     compile: bool = None  # torch.compile the model; on CUDA if not given
     checkpoint_activations: bool = False  # recompute blocks in the backward pass: less memory, more time
     def __post_init__(self):
-        require_positive(self, "warmup_iters min_lr beta1 beta2 weight_decay grad_clip seed".split())
+        check_fields(self, "warmup_iters min_lr beta1 beta2 weight_decay grad_clip seed".split())
         require(self.min_lr is None or self.min_lr <= self.lr, f"min_lr {self.min_lr} exceeds lr {self.lr}")
         require(max(self.beta1, self.beta2) < 1, f"beta1 {self.beta1} or beta2 {self.beta2} is not below 1")
         require(self.max_iters >= self.grad_accum, f"max_iters {self.max_iters} is less than one step")
         require(self.preset in ("auto", *PRESETS), f"preset must be auto, {' or '.join(PRESETS)}")
+        require(self.preset != "finetune" or self.init_from, "preset finetune needs --init_from")
         require(self.dtype in ("auto", "bfloat16", "float16", "float32"), f"dtype cannot be {self.dtype}")
 
 # ---- layers ------------------------------------------------------------------------------------------
@@ -139,14 +165,11 @@ def has_flash(q):
     fits = q.dtype in (torch.float16, torch.bfloat16) and q.size(-1) <= 256 and q.size(-1) % 8 == 0
     return fits and q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
-def share(t, heads):
-    """Each key/value head, once for each of its query heads. (B, G, S, D) -> (B, H, S, D)"""
-    return t.unsqueeze(2).expand(-1, -1, heads // t.size(1), -1, -1).flatten(1, 2)
-
 def grouped_attention(q, k, v, scale, mask=None, is_causal=False):
     """Softmax attention; H / G query heads share each k and v. q (B, H, T, D), k, v (B, G, S, D) -> as q"""
-    gqa = has_flash(q) and mask is None  # the other kernels want H heads
-    k, v = (k, v) if gqa else (share(k, q.size(1)), share(v, q.size(1)))
+    gqa = has_flash(q) and mask is None
+    if not gqa:  # the other kernels want H heads
+        k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=gqa)
 
 def sliding_window_attention(q, k, v, window, scale):
@@ -156,7 +179,7 @@ def sliding_window_attention(q, k, v, window, scale):
     if T == S <= window:
         return grouped_attention(q, k, v, scale, is_causal=True)
     if has_flash(q):  # on an H200 twice as fast as FlexAttention and as the blocks below
-        q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, share(k, H), share(v, H)))  # (B * T, H, D)
+        q, k, v = (t.repeat_interleave(H // t.size(1), dim=1).transpose(1, 2).flatten(0, 1) for t in (q, k, v))
         starts = torch.arange(B + 1, device=q.device, dtype=torch.int32)
         out = varlen_attn(q, k, v, starts * T, starts * S, T, S, scale=scale, window_size=(window - 1, 0))
         return out.unflatten(0, (B, T)).transpose(1, 2)
@@ -331,15 +354,14 @@ class Gemma(nn.Module):
         require(top_p is None or 0 < top_p <= 1, f"top_p must lie in (0, 1], not be {top_p}")
         cache = KVCache(self.config, B, T + max_new_tokens, tokens.device, compute_dtype(self.head))
         stopped = torch.zeros(B, dtype=torch.bool, device=tokens.device)
+        casts = torch.is_autocast_enabled("cuda")
         def predict(tokens):
-            before, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, tokens.numel() > 1
-            try:  # on a CPU, oneDNN takes twice as long as others for a matrix times one vector
+            with torch.backends.mkldnn.flags(tokens.numel() > 1, None, None, None):  # slow with a single row
                 return F.linear(self.features(tokens, cache)[:, -1], self.head).float()  # (B, V)
-            finally:
-                torch.backends.mkldnn.enabled = before
         for made in range(max_new_tokens):
             if made == 1 and tokens.is_cuda:
-                predict = record(predict, tokens)
+                with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), casts, cache_enabled=False):
+                    predict = torch.cuda.make_graphed_callables(predict, (tokens,), num_warmup_iters=1)
                 cache.length -= 1  # recording took a step
             new = sample_token(predict(tokens), temperature, top_k, top_p, generator)
             if stop_token is not None:
@@ -352,6 +374,58 @@ class Gemma(nn.Module):
     def generate(self, tokens, *args, **kwargs):
         """tokens (B, T) and the n that stream, given the same arguments, yields. -> (B, T + n)"""
         return torch.stack((*tokens.T, *self.stream(tokens, *args, **kwargs)), dim=1)
+    @classmethod
+    def from_pretrained(cls, folder):
+        """The Gemma3ForCausalLM of a folder that transformers reads, or of a repository on the hub, in
+        float32. Raises ValueError naming what is missing, unknown or not implemented here."""
+        try:
+            path = Path(folder)
+            if not path.is_dir() and str(folder).count("/") == 1:
+                from huggingface_hub import snapshot_download
+                path = Path(snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors"]))
+            given = {"tie_word_embeddings": True, **json.loads((path / "config.json").read_text())}
+            rope, types = given.get("rope_parameters") or {}, given.get("layer_types")
+            for name, kind in ("rope_theta", "full_attention"), ("rope_local_base_freq", "sliding_attention"):
+                given |= {name: rope[kind]["rope_theta"]} if kind in rope else {}
+            missing = ", ".join(k for k in OFFICIAL.values() if type(given.get(k)) not in (bool, int, float))
+            require(not missing, f"config.json of a {given.get('model_type')} has no number for {missing}")
+            every = [*types, "full_attention"].index("full_attention") + 1 if types else None
+            config = GemmaConfig(**{ours: given[theirs] for ours, theirs in OFFICIAL.items()},
+                                 full_attention_every=every or given.get("sliding_window_pattern", 6))
+            for name, value in official_config(config).items():
+                fits = (given.get(name, value) or None) == (value or None)
+                require(fits, f"{name} {given.get(name)} is not implemented, only {value}")
+            with torch.device("meta"):  # without initial values
+                model = cls(config)
+            weights = {name.removeprefix("model."): weight.float() for file in path.glob("model*.safetensors")
+                       for name, weight in load_file(file).items()}
+            ours = model.state_dict()
+            for name in sorted(weights.keys() | ours.keys()):
+                want, have = (list(w[name].shape) if name in w else "nothing" for w in (ours, weights))
+                require(want == have, f"tensor {name}: config.json wants {want}, found {have}")
+            model.load_state_dict(weights, assign=True)
+        except Exception as error:  # json, safetensors and the hub raise very different things
+            why = str(error) if isinstance(error, ValueError) else repr(error)
+            raise ValueError(f"{folder} cannot be loaded: {why:.300}") from None
+        return model
+    def save_pretrained(self, folder, tokenizer=None):
+        """Writes what transformers reads, whole or not at all. A tokenizer is one of prepare.load_tokenizer
+        or of transformers. Raises ValueError if the folder is not empty or transformers forbids the shape."""
+        c, folder = self.config, Path(folder).resolve()
+        require(not any(folder.glob("*")), f"{folder} is not empty: name a new folder")
+        require(c.emb_dim % c.n_heads == 0, f"transformers wants n_heads to divide emb_dim, {c.emb_dim}")
+        special = {f"{x}_token_id": getattr(tokenizer, f"{x}_token_id", None) for x in ("bos", "eos", "pad")}
+        files = {"config.json": {**official_config(c), "dtype": "float32", **special, "pad_token_id": None},
+                 "generation_config.json": special}  # transformers never trains the row of config.json's pad
+        weights = {("" if name == "lm_head.weight" else "model.") + name: weight.float().cpu()
+                   for name, weight in self.state_dict().items()}
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+            (part := Path(temporary, "folder")).mkdir()
+            tokenizer.save_pretrained(part) if tokenizer is not None else None
+            save_file(weights, part / "model.safetensors", {"format": "pt"})
+            for name, content in files.items():
+                (part / name).write_text(json.dumps(content, indent=2) + "\n")
+            part.replace(folder)
     def num_parameters(self):
         """Trainable numbers; those of a tied head count once."""
         return sum(weight.numel() for weight in self.parameters())
@@ -362,20 +436,6 @@ class Gemma(nn.Module):
         keys = sum(W - W * (W - 1) / (2 * T) for W in map(sizes.get, c.layer_types))  # of an average query
         weights = self.head.numel() + sum(w.numel() for w in self.layers.parameters() if w.ndim == 2)
         return 6 * weights + 12 * c.n_heads * c.head_dim * keys
-
-def record(work, *inputs):
-    """work(*inputs), run once and then recorded as a CUDA graph: a call costs the host a single launch."""
-    held, graph, here = [t.clone() for t in inputs], torch.cuda.CUDAGraph(), inputs[0].device
-    (stream := torch.cuda.Stream(here)).wait_stream(torch.cuda.current_stream(here))
-    with torch.cuda.stream(stream):
-        work(*held)  # compiles, and allocates what libraries keep
-    with torch.cuda.graph(graph, stream=stream):
-        result = work(*held)
-    def replay(*inputs):
-        torch._foreach_copy_(held, inputs)
-        graph.replay()
-        return result
-    return replay
 
 def sample_token(logits, temperature, top_k=None, top_p=None, generator=None):
     """Draws a token from each row of logits. (B, V) -> (B,)"""
@@ -473,18 +533,17 @@ def write_log(path, rows):
     table = [LOG_FORMAT, *([row.get(name, "") for name in LOG_FORMAT] for row in rows)]
     Path(path).with_suffix(".csv").write_text("".join(",".join(map(str, row)) + "\n" for row in table))
     with contextlib.suppress(ImportError):
-        if "val_loss" in rows[-1]:
-            from matplotlib.figure import Figure
-            axes = Figure(layout="constrained").subplots()
-            for name in ("train_loss", "val_loss"):
-                axes.plot(*zip(*((row["iteration"], row[name]) for row in rows if name in row)), label=name)
-            axes.legend(title="nats per token at each iteration")
-            axes.figure.savefig(Path(path).with_suffix(".png"))
+        from matplotlib.figure import Figure
+        axes = Figure().subplots()
+        for name in ("train_loss", "val_loss"):
+            axes.plot(*zip(*((row["iteration"], row[name]) for row in rows if name in row)), label=name)
+        axes.legend(title="nats per token at each iteration")
+        axes.figure.savefig(Path(path).with_suffix(".png"))
 
 # ---- training ----------------------------------------------------------------------------------------
 def pick_device(name="auto"):
     """A torch.device; under torchrun each process has its own GPU. Raises ValueError if it is not there."""
-    name = {"auto": "cuda" if torch.cuda.is_available() else "cpu"}.get(name, name)
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
     here = ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())))
     require(name in here, f"device {name} is not here, only {', '.join(here)}")
@@ -497,189 +556,151 @@ def pick_dtype(name, device):
         return getattr(torch, name), "as asked"
     if device.type == "cuda":  # torch.cuda.is_bf16_supported() counts emulation and says yes on a T4
         major, minor = torch.cuda.get_device_capability(device)
-        if major >= 7:
-            return (torch.bfloat16 if major >= 8 else torch.float16), f"compute capability {major}.{minor}"
-    elif torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        fast = torch.bfloat16 if major >= 8 else torch.float16 if major == 7 else torch.float32
+        return fast, f"compute capability {major}.{minor}"
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
         return torch.bfloat16, "this CPU has instructions for it"
-    return torch.float32, "this hardware has nothing faster"
+    return torch.float32, "this CPU has nothing faster"
 
-class Trainer:
-    """Model, optimizer and the work of a step, in one process: what train and bench have in common.
-    These are float32; a worker computes, which shares the weights but has the blocks' in half precision."""
-    def __init__(self, config, model_config):
-        self.config, self.device = config, pick_device(config.device)
-        self.dtype, reason = pick_dtype(config.dtype, self.device)
-        self.rank, self.world = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("WORLD_SIZE", 1)))
-        if self.world > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
-        torch.manual_seed(config.seed)  # the same weights in every process
-        self.model = Gemma(model_config).to(self.device)
-        self.worker = copy.deepcopy(self.model)
-        self.worker.layers.to(self.dtype)
-        self.worker.checkpoint_activations = config.checkpoint_activations
-        self.weights, self.copies = list(self.model.parameters()), list(self.worker.parameters())
-        for weight, copied in zip(self.weights, self.copies):
-            copied.data = weight.data.to(copied.dtype)  # weight.data itself, if that is its dtype
-        self.sums = torch.zeros(self.model.num_parameters() + 1, device=self.device)  # gradients, then loss
-        for weight, grad in zip(self.weights, self.sums.split([*(w.numel() for w in self.weights), 1])):
-            weight.grad = grad.view_as(weight)
-        groups = [{"params": [w for w in self.weights if w.ndim > 1], "weight_decay": config.weight_decay},
-                  {"params": [w for w in self.weights if w.ndim == 1], "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-        compiling = self.device.type == "cuda" if config.compile is None else config.compile
-        if compiling:  # but not model: validation is not worth the wait
-            self.worker.compile()
-        self.say = tqdm.write if self.rank == 0 else lambda line: None
-        self.say(f"model   {config.preset}, {self.model.num_parameters():,} parameters, "
-                 f"{model_config.vocab_size:,} words\n"
-                 f"device  {self.world} x {self.device.type}, {str(self.dtype)[6:]} ({reason}), "
-                 f"torch {torch.__version__}, {'compiled' if compiling else 'not compiled'}")
-    def accumulate(self, x, y):
-        """Adds a micro-batch's share of the step's gradient and mean loss to the sums. x, y (B, T)"""
-        with self.autocast:
-            loss = self.worker(x, y) / self.config.grad_accum
-        gradients, place = torch.autograd.grad(self.scaler.scale(loss), self.copies), 0
+def bench(config, model, dtype, began, work, update, x, y):
+    """Prints how long training takes, what share of the device's matrix products it reaches, and its memory."""
+    def seconds(work, *inputs):  # of a call, as a median
+        timer = Timer("work(*inputs)", globals=locals(), num_threads=torch.get_num_threads())
+        return timer.blocked_autorange(min_run_time=3).median
+    work(x, y)
+    update(0.0)
+    ready, a = time.perf_counter() - began, torch.randn(*[8192 if x.is_cuda else 2048] * 2, device=x.device).to(dtype)
+    iteration = seconds(work, x, y) + seconds(update, 0.0) / config.grad_accum
+    chip, tokens = 2 * len(a) ** 3 / seconds(torch.mm, a, a), x.numel() / iteration  # each a second
+    memory = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB at most" if x.is_cuda else ""
+    speed = tokens * model.flops_per_token(config.block_size)
+    print(f"start   {ready:.0f} s to the end of the first step, with compilation{memory}\n"
+          f"speed   {1000 * iteration:.1f} ms an iteration, {tokens:,.0f} tokens/s, {speed / 1e12:.4g} TFLOP/s, "
+          f"{speed / chip:.1%} of the {chip / 1e12:.4g} of a matrix product\n"
+          f"time    {tqdm.format_interval(config.max_iters * iteration)} for {config.max_iters:,} iterations")
+
+def train(config, model, data, state=None):
+    """Trains as config says and leaves config.out; state is a checkpoint to continue. Under torchrun each
+    process runs this; micro-batch i of a step belongs to process i % world."""
+    began, (train_data, val_data, meta), accum = time.perf_counter(), data, config.grad_accum
+    steps, step_tokens = config.max_iters // accum, config.batch_size * accum * config.block_size
+    n_blocks, compiling = (len(train_data) - 1) // config.block_size, config.compile
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(config.device)
+    dtype, reason = pick_dtype(config.dtype, device)
+    compiling = device.type == "cuda" if config.compile is None else config.compile
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    say = tqdm.write if rank == 0 else lambda line: None
+    say(f"model   {config.preset}, {model.num_parameters():,} parameters, {model.config.vocab_size:,} words\n"
+        f"device  {world} x {device.type}, {str(dtype)[6:]} ({reason}), torch {torch.__version__}, "
+        f"{'compiled' if compiling else 'not compiled'}\n"
+        f"data    {config.data_dir}, {meta['tokenizer']}, {len(train_data):,} + {len(val_data):,} tokens\n"
+        f"run     {config.max_iters:,} iterations, {steps:,} steps of {step_tokens:,} tokens, "
+        f"{steps * step_tokens / len(train_data):.2f} epochs, lr {config.lr:g}\n"
+        f"writes  {config.out} and {Path(config.out).with_suffix('.csv')} at each validation")
+    weights = list(model.to(device).parameters())
+    groups = [{"params": [w for w in weights if w.ndim > 1], "weight_decay": config.weight_decay},
+              {"params": [w for w in weights if w.ndim == 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    step, rows, skipped, signals = 0, [], [], []
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})
+        scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # {} if it ran without one
+        step, rows, skipped = state["iteration"] // accum, state["rows"], state["skipped"]
+    worker = copy.deepcopy(model)  # computes: all weights are shared, but for a copy of the blocks in dtype
+    worker.layers.to(dtype)
+    worker.checkpoint_activations = config.checkpoint_activations
+    worker.compile() if compiling else None  # validation, with model itself, is not worth the wait
+    copies, sums = list(worker.parameters()), torch.zeros(model.num_parameters() + 1, device=device)
+    *places, loss_sum = sums.split([*(weight.numel() for weight in weights), 1])
+    for weight, copied, place in zip(weights, copies, places):
+        weight.grad, copied.data = place.view_as(weight), weight.data.to(copied.dtype)
+    def accumulate(x, y):
+        with autocast:
+            loss = worker(x, y) / accum
+        gradients, place = torch.autograd.grad(scaler.scale(loss), copies), 0
         for _, part in itertools.groupby((*gradients, loss.detach()), key=lambda gradient: gradient.dtype):
             part = torch.cat([gradient.flatten() for gradient in part])  # one addition in place of hundreds
-            self.sums[place:place + len(part)] += part
+            sums[place:place + len(part)] += part
             place += len(part)
-    def recorded(self, x, y):
-        """What does the same as accumulate, compiled for x and y and on a GPU recorded."""
-        work = record(self.accumulate, x, y) if self.device.type == "cuda" else self.accumulate
-        self.sums.zero_()
-        return work
-    def update(self, rate):
-        """Ends a step: adds up the processes' sums, clips, updates the weights. -> loss, gradient norm"""
-        if self.world > 1:
-            dist.all_reduce(self.sums)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.weights, self.config.grad_clip or math.inf)
-        loss, norm = torch.stack((self.sums[-1], norm)).tolist()
-        if math.isfinite(norm) or self.scaler.is_enabled():  # the scaler skips an update by itself
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        self.refresh()
+        return loss_sum
+    def update(rate):
+        if world > 1:
+            dist.all_reduce(sums)
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = rate
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(weights, config.grad_clip or math.inf)
+        loss, norm = torch.cat((loss_sum, norm[None])).tolist()
+        if math.isfinite(norm) or scaler.is_enabled():  # the scaler skips an update by itself
+            scaler.step(optimizer)
+            scaler.update()
+        with torch.no_grad():
+            torch._foreach_copy_(copies, weights)
+        sums.zero_()
         return loss, norm
-    @torch.no_grad()
-    def refresh(self):
-        torch._foreach_copy_(self.copies, self.weights)
-        self.sums.zero_()
-    def state_dict(self):
-        return {part: getattr(self, part).state_dict() for part in ("model", "optimizer", "scaler")}
-    def load_state_dict(self, state):
-        self.model.load_state_dict(state["model"])
-        groups = self.optimizer.state_dict()["param_groups"]  # the flags of this run count
-        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": groups})
-        self.scaler.load_state_dict(state["scaler"] or self.scaler.state_dict())  # {} if it ran without one
-        self.refresh()
-
-def bench(config, model_config):
-    """Times training on random tokens and prints what it takes, without data and without writing a file."""
-    began, trainer = time.perf_counter(), Trainer(config, model_config)
-    device, shape = trainer.device, (2, config.batch_size, config.block_size)
-    calls, size = (10, 8192) if device.type == "cuda" else (1, 2048)
-    x, y = torch.randint(model_config.vocab_size, shape, device=device)
-    def seconds(work, *inputs):  # of a call, the median of seven measurements
-        def measure():
-            start = time.perf_counter()
-            for _ in range(calls):
-                work(*inputs)
-            trainer.sums[-1].item()  # waits for the device
-            return (time.perf_counter() - start) / calls
-        return statistics.median(measure() for _ in range(7))
-    work, matrices = trainer.recorded(x, y), torch.randn(2, size, size, device=device).to(trainer.dtype)
-    work(x, y)
-    trainer.update(0.0)
-    ready = time.perf_counter() - began
-    iteration = seconds(work, x, y) / trainer.world + seconds(trainer.update, 0.0) / config.grad_accum
-    tokens, chip = x.numel() / iteration, 2 * size ** 3 / seconds(torch.mm, *matrices)  # both a second
-    speed = tokens * trainer.model.flops_per_token(config.block_size) / trainer.world
-    peak = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB at most" if device.type == "cuda" else ""
-    trainer.say(f"start   {ready:.0f} s until the first step is done, with compilation{peak}\n"
-                f"speed   {1000 * iteration:.1f} ms an iteration, {tokens:,.0f} tokens/s, {speed / 1e12:.4g} "
-                f"TFLOP/s, {speed / chip:.1%} of the {chip / 1e12:.4g} of a matrix product\n"
-                f"run     {config.max_iters:,} iterations take {tqdm.format_interval(config.max_iters * iteration)}")
-
-def train(config, model_config, data, state=None):
-    """Trains as config says and leaves config.out; state is a checkpoint to continue.
-    Under torchrun each process runs this; micro-batch i of a step belongs to process i % world."""
-    (train_data, val_data, meta), accum = data, config.grad_accum
-    steps, step_tokens = config.max_iters // accum, config.batch_size * accum * config.block_size
-    trainer, n_blocks = Trainer(config, model_config), (len(train_data) - 1) // config.block_size
-    rank, world, say = trainer.rank, trainer.world, trainer.say
-    step, faults, rows, recent = 0, 0, [], []  # recent: loss and gradient norm of each step since a log line
-    if state:
-        trainer.load_state_dict(state)
-        step, rows, recent = state["iteration"] // accum, state["rows"], state["recent"]
-    say(f"data    {config.data_dir}, {meta['tokenizer']}, {len(train_data):,} + {len(val_data):,} tokens\n"
-        f"run     {config.max_iters:,} iterations, {steps:,} steps of {step_tokens:,} tokens, "
-        f"{steps * step_tokens / len(train_data):.2f} epochs\n"
-        f"writes  {config.out} and {Path(config.out).with_suffix('.csv')} at each validation")
-    signals = []  # when they came
-    def stop_soon(number, frame):
-        if signals and time.monotonic() - signals[0] > 1:  # torchrun repeats a Ctrl-C that all have heard
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        signals.append(time.monotonic())
-    handlers = {number: signal.signal(number, stop_soon) for number in (signal.SIGINT, signal.SIGTERM)}
-    def told_to_stop():
-        told = torch.tensor(float(len(signals)))
-        if world > 1:  # all leave or none: the others would wait for one that left alone
-            dist.all_reduce(told)
-        return told.item() > 0
     def fetch(iteration):
         blocks = training_blocks(iteration, config.batch_size, n_blocks, config.seed)
-        return get_batch(train_data, blocks, config.block_size, trainer.device)
+        return get_batch(train_data, blocks, config.block_size, device)
     def log(**row):
         rows.append({"iteration": step * accum, "step": step, **row})
-        line = (f"{name.replace('_', ' ')} {value:{LOG_FORMAT[name]}}" for name, value in rows[-1].items())
-        say(" | ".join(line))
+        say(" | ".join(f"{key.replace('_', ' ')} {value:{LOG_FORMAT[key]}}" for key, value in rows[-1].items()))
     def save(needed):
         try:
             save_checkpoint(config.out, {
-                "model_config": asdict(model_config), "train_config": asdict(config), "data": meta,
-                "iteration": step * accum, "rows": rows, "recent": recent, **trainer.state_dict()})
+                "model_config": asdict(model.config), "train_config": asdict(config), "data": meta,
+                "iteration": step * accum, "rows": rows, "skipped": skipped, "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
             write_log(config.out, rows)
         except OSError as error:
             require(not needed, f"{config.out} cannot be written: {error}")
             say(f"warning: {config.out} stays as it was, the new state cannot be written: {error}")
     def validate():
-        loss = evaluate(trainer.model, val_data, config, trainer.autocast, rank, world)
+        loss = evaluate(model, val_data, config, autocast, rank, world)
         log(val_loss=loss, perplexity=math.exp(min(loss, 700)))
         save(needed=step in (0, steps)) if rank == 0 else None
     def due(interval):  # at the first step's end at or after each multiple, and at the end of the run
         return step == steps or step * accum % interval < accum
-    x, y = fetch(step * accum + rank)
-    work = trainer.recorded(x, y)
+    def stop_soon(number, frame):
+        if signals and time.monotonic() - signals[0] > 1:  # sooner, it is torchrun repeating a Ctrl-C
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        signals.append(time.monotonic())
+    handlers = {number: signal.signal(number, stop_soon) for number in (signal.SIGINT, signal.SIGTERM)}
+    (x, y), work, stop = fetch(step * accum + rank), accumulate, torch.zeros(())
+    if device.type == "cuda":  # as a CUDA graph: one launch in place of thousands
+        work = torch.cuda.make_graphed_callables(accumulate, (x, y), num_warmup_iters=1)
+        sums.zero_()
+    if config.bench:
+        return bench(config, model, dtype, began, work, update, x, y)
     validate() if not state else None
     bar = tqdm(total=steps * accum, initial=step * accum, unit="it", disable=rank > 0 or None)
-    clock, clocked, stop = time.perf_counter(), step, False
+    clock, clocked = time.perf_counter(), step
     while step < steps:
         for micro in range(rank, accum, world):
             work(x, y)
             x, y = fetch(step * accum + micro + world)  # while the device computes
             bar.update(world)
-            if stop := told_to_stop():
+            stop.fill_(len(signals))
+            dist.all_reduce(stop) if world > 1 else None  # all leave or none: one alone leaves the others waiting
+            if stop:
                 break
         if stop:  # the resumed run takes this step from its start
             break
         rate = learning_rate(config, step)
-        loss, norm = trainer.update(rate)
-        step, faults, recent = step + 1, 0 if math.isfinite(norm) else faults + 1, [*recent, (loss, norm)]
-        bearable = 25 if trainer.scaler.is_enabled() else 3  # a scale of 2^16 first has to fall
-        require(faults < bearable, f"no finite gradient in the {faults} steps up to iteration {step * accum:,}, "
-                f"lr {rate:.1e}; {config.out} is that of the last validation")
+        loss, norm = update(rate)
+        step, skipped = step + 1, [*skipped, step] if not math.isfinite(norm) else skipped
+        bearable = 25 if scaler.is_enabled() else 3  # the scale of 2^16 may have to fall first
+        require(skipped[-bearable:] != [*range(step - bearable, step)], f"iteration {step * accum:,}: no finite "
+                f"gradient in {bearable} steps, lr {rate:.1e}; {config.out} is that of the last validation")
         if due(config.log_interval):
-            seconds, (losses, norms) = (time.perf_counter() - clock) / (step - clocked), zip(*recent)
-            skipped = len(norms) - sum(map(math.isfinite, norms))
-            log(train_loss=sum(losses) / len(losses), lr=rate, grad_norm=norm,
-                **{"skipped": skipped} if skipped else {}, tokens_per_second=step_tokens / seconds,
-                time_left=tqdm.format_interval(seconds * (steps - step)))
-            recent, clock, clocked = [], time.perf_counter(), step
+            seconds = (time.perf_counter() - clock) / (step - clocked)
+            log(train_loss=loss, lr=rate, grad_norm=norm, skipped=len(skipped),
+                tokens_per_second=step_tokens / seconds, time_left=tqdm.format_interval(seconds * (steps - step)))
+            clock, clocked = time.perf_counter(), step
         if due(config.eval_interval):
             validate()
             clock, clocked = time.perf_counter(), step  # the speed is that of training alone
@@ -693,41 +714,47 @@ def train(config, model_config, data, state=None):
 
 # ---- command line ------------------------------------------------------------------------------------
 def settings(given):
-    """The flags that were given -> what train takes; --bench goes without data. Raises ValueError."""
-    out, preset = Path(given.get("out", TrainConfig.out)), given.get("preset", "auto")
+    """The flags that were given -> TrainConfig, model, data, and with --resume a checkpoint. ValueError"""
+    out, state, world = Path(given.get("out", TrainConfig.out)), None, int(os.environ.get("WORLD_SIZE", 1))
     require(not out.is_dir() and out.suffix not in (".csv", ".png"), f"out cannot be {out}")
-    state, values = None, {}
+    given = {name: value for name, value in given.items() if (name, value) != ("preset", "auto")}
     if given.get("resume"):
         state = load_checkpoint(out)
-        values = {**vars(state["train_config"]), **vars(state["model_config"])}
-    elif preset in ("auto", *PRESETS):
+        base = {**vars(state["train_config"]), **vars(state["model_config"])}
+    else:
         default = "270m" if pick_device(given.get("device", "auto")).type == "cuda" else "tiny"
-        values = {"preset": default, **PRESETS[default if preset == "auto" else preset]}
-    values |= {name: value for name, value in given.items() if (name, value) != ("preset", "auto")}
-    values["out"] = str(out)
-    def build(kind):
-        return kind(**{name: values[name] for name in kind.__dataclass_fields__ if name in values})
-    config, data, world = build(TrainConfig), None, int(os.environ.get("WORLD_SIZE", 1))
-    if not config.bench:
-        data = train_data, _, meta = load_data(config.data_dir)
-        values.setdefault("vocab_size", meta["vocab_size"])
-        require(len(train_data) > config.block_size, f"block_size {config.block_size} exceeds the data")
-    model_config = build(GemmaConfig)
-    fits = config.block_size <= model_config.context_length
-    require(fits, f"block_size {config.block_size} exceeds the context, {model_config.context_length}")
+        preset = given.get("preset", "finetune" if "init_from" in given else default)
+        base = {"preset": preset, **PRESETS.get(preset, {})}
+    values = {**base, **given, "out": str(out)}
+    config, shape = (kind(**{name: values[name] for name in kind.__dataclass_fields__ if name in values})
+                     for kind in (TrainConfig, GemmaConfig))
+    torch.manual_seed(config.seed)  # the same weights in every process
+    tokens = np.random.default_rng(0).integers(shape.vocab_size, size=2 ** 20 + config.block_size, dtype=np.uint32)
+    meta = {"tokenizer": "random", "vocab_size": shape.vocab_size}
+    data = train_data, _, meta = (tokens, tokens, meta) if config.bench else load_data(config.data_dir)
+    if config.init_from and not state:
+        model, words = Gemma.from_pretrained(config.init_from), meta["tokenizer"]
+        same = all(getattr(model.config, name) == given[name] for name in asdict(shape).keys() & given)
+        require(same, f"init_from: {config.init_from} is another model than these flags describe")
+        require(config.bench or words in (config.init_from, os.path.realpath(config.init_from)), "init_from: the "
+                f"data have tokens of {words}, so run python prepare.py --tokenizer {config.init_from}")
+    else:
+        model = Gemma(replace(shape, vocab_size=values.get("vocab_size", meta["vocab_size"])))
+    require(config.block_size <= min(len(train_data) - 1, model.config.context_length),
+            f"block_size {config.block_size} exceeds the data or the context, {model.config.context_length}")
+    fits = meta["vocab_size"] <= model.config.vocab_size
+    require(fits, f"vocab_size {model.config.vocab_size} is less than that of the data, {meta['vocab_size']}")
     fits = config.grad_accum % world == 0
     require(fits, f"grad_accum {config.grad_accum} cannot be divided among {world} processes")
+    fits = state or config.overwrite or config.bench or not out.exists()
+    require(fits, f"{out} exists: --resume goes on with it, --overwrite starts anew, --out names another")
     if state:
-        same = model_config == state["model_config"] and config.preset == state["train_config"].preset
+        before, same = state["train_config"], model.config == state["model_config"]
+        same = same and (config.preset, config.init_from) == (before.preset, before.init_from)
         require(same, f"resume: {out} holds another model than these flags describe")
         same = all(meta[key] == state["data"][key] for key in ("tokenizer", "vocab_size"))
         require(same, f"resume: the data in {config.data_dir} have another vocabulary than {out}")
-    elif data:
-        fits = meta["vocab_size"] <= model_config.vocab_size
-        require(fits, f"vocab_size {model_config.vocab_size} is below that of the data, {meta['vocab_size']}")
-        fits = config.overwrite or not out.exists()
-        require(fits, f"{out} exists: --resume goes on with it, --overwrite starts anew, --out names another")
-    return config, model_config, data, state
+    return config, model, data, state
 
 def main(argv=None):
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
@@ -740,8 +767,7 @@ def main(argv=None):
             text = f"{comments[field.name]} (default: {field.default})"
             group.add_argument(f"--{field.name}", help=text, **kind)
     try:
-        config, model_config, data, state = settings(vars(parser.parse_args(argv)))
-        train(config, model_config, data, state) if data else bench(config, model_config)
+        train(*settings(vars(parser.parse_args(argv))))
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         parser.error(str(error).splitlines()[0])
 

@@ -9,8 +9,7 @@ The architecture and its names are those of the Gemma 3 Technical Report (arXiv 
 checkpoint. Letters in shapes: B sequences of T tokens, S positions attended to, E emb_dim, H query heads,
 G key/value heads (n_kv_groups), D head_dim, V vocab_size, W sliding_window.
 """
-import argparse, contextlib, copy, functools, inspect, itertools, json, math, os, re, signal, tempfile, time
-import zipfile, zlib
+import argparse, copy, functools, inspect, json, math, os, re, signal, time, zipfile, zlib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -18,7 +17,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.benchmark import Timer
@@ -31,14 +29,11 @@ def require(condition, message):
     if not condition:
         raise ValueError(message)
 
-def check_fields(config, or_zero=()):
-    """Raises ValueError naming the first field of a wrong type, or number that is not positive and finite."""
-    for field in fields(config):
-        value, number = getattr(config, field.name), field.type in (int, float)
-        fits = isinstance(value, (int, float) if field.type is float else field.type) or value is field.default
-        if fits and number and value is not None:
-            fits = 0 < value < math.inf or value == 0 and field.name in or_zero
-        require(fits, f"{field.name} cannot be {value}")
+def require_positive(config, or_zero=()):
+    """Raises ValueError naming the first number of a config that is not positive and finite."""
+    for name, value in vars(config).items():
+        fits = type(value) not in (int, float) or 0 < value < math.inf or value == 0 and name in or_zero
+        require(fits, f"{name} cannot be {value}")
 
 @dataclass
 class GemmaConfig:
@@ -55,11 +50,11 @@ class GemmaConfig:
     full_attention_every: int = 6  # every n-th layer attends to the whole context
     rope_local_base: float = 10_000.0  # RoPE base of the sliding layers
     rope_base: float = 1_000_000.0  # RoPE base of the full layers
-    query_pre_attn_scalar: int = 256  # scores are divided by its square root; usually head_dim
+    query_pre_attn_scalar: float = 256  # scores are divided by its square root; usually head_dim
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
     tie_embeddings: bool = True  # one matrix for input embedding and output head
     def __post_init__(self):
-        check_fields(self)
+        require_positive(self)
         require(self.n_heads % self.n_kv_groups == 0, f"n_kv_groups must divide n_heads, {self.n_heads}")
         require(self.head_dim % 2 == 0, "head_dim must be even: RoPE turns pairs")
     @property
@@ -67,39 +62,17 @@ class GemmaConfig:
         places = range(1, self.n_layers + 1)
         return ["sliding_attention" if i % self.full_attention_every else "full_attention" for i in places]
 
-OFFICIAL = {  # the names of these fields in the config.json of transformers
-    "vocab_size": "vocab_size", "context_length": "max_position_embeddings", "emb_dim": "hidden_size",
-    "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "n_kv_groups": "num_key_value_heads",
-    "head_dim": "head_dim", "hidden_dim": "intermediate_size", "sliding_window": "sliding_window",
-    "rope_local_base": "rope_local_base_freq", "rope_base": "rope_theta", "norm_eps": "rms_norm_eps",
-    "query_pre_attn_scalar": "query_pre_attn_scalar", "tie_embeddings": "tie_word_embeddings"}
-
-def official_config(config):
-    """A GemmaConfig as transformers' config.json has it, with RoPE in the older and the newer spelling."""
-    given = {theirs: getattr(config, ours) for ours, theirs in OFFICIAL.items()}
-    bases = {"full_attention": given["rope_theta"], "sliding_attention": given["rope_local_base_freq"]}
-    rope = {kind: {"rope_type": "default", "rope_theta": base} for kind, base in bases.items()}
-    return {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "attention_bias": False,
-            "attention_dropout": 0.0, "attn_logit_softcapping": None, "final_logit_softcapping": None,
-            "hidden_activation": "gelu_pytorch_tanh", "use_bidirectional_attention": False,
-            "layer_types": config.layer_types, "rope_scaling": None, "rope_parameters": rope, **given}
-
-PRESETS = {  # sets of flags; any flag given beside --preset wins
-    "270m": {},
-    "tiny": dict(emb_dim=128, n_layers=6, n_heads=2, head_dim=32, hidden_dim=384, sliding_window=128,
-                 full_attention_every=3, query_pre_attn_scalar=32, batch_size=4, grad_accum=1, max_iters=800,
-                 warmup_iters=60, lr=5e-3, eval_interval=200, eval_tokens=32_768, log_interval=50),
-    "finetune": dict(batch_size=8, grad_accum=4, max_iters=800, warmup_iters=80, lr=5e-5, eval_interval=200,
-                     eval_tokens=131_072, log_interval=20),
-}
+PRESETS = {"270m": {}, "tiny": dict(  # sets of flags; any flag given beside --preset wins
+    emb_dim=128, n_layers=6, n_heads=2, head_dim=32, hidden_dim=384, sliding_window=128,
+    full_attention_every=3, query_pre_attn_scalar=32, batch_size=4, grad_accum=1, max_iters=800,
+    warmup_iters=60, lr=5e-3, eval_interval=200, eval_tokens=32_768, log_interval=50)}
 
 @dataclass
 class TrainConfig:
     """One training run. Raises ValueError naming the field that does not fit."""
-    preset: str = "auto"  # 270m, tiny, finetune; auto: finetune with --init_from, 270m on a GPU, else tiny
-    init_from: str = None  # model to fine-tune: a folder that transformers reads, or its name on the hub
+    preset: str = "auto"  # 270m, tiny, or auto: 270m on a GPU, tiny on a CPU
     data_dir: str = "data"  # folder that prepare.py wrote
-    out: str = "out.pt"  # checkpoint; the log lies beside it as .csv (and .png if matplotlib is installed)
+    out: str = "out.pt"  # checkpoint; the log lies beside it as .csv
     resume: bool = False  # continue the run in --out; new flags count, but keep batch_size and grad_accum
     overwrite: bool = False  # start anew although --out exists
     bench: bool = False  # time training on random tokens instead, without data and without writing a file
@@ -123,12 +96,11 @@ class TrainConfig:
     compile: bool = None  # torch.compile the model; on CUDA if not given
     checkpoint_activations: bool = False  # recompute blocks in the backward pass: less memory, more time
     def __post_init__(self):
-        check_fields(self, "warmup_iters min_lr beta1 beta2 weight_decay grad_clip seed".split())
+        require_positive(self, "warmup_iters min_lr beta1 beta2 weight_decay grad_clip seed".split())
         require(self.min_lr is None or self.min_lr <= self.lr, f"min_lr {self.min_lr} exceeds lr {self.lr}")
-        require(max(self.beta1, self.beta2) < 1, f"beta1 {self.beta1} or beta2 {self.beta2} is not below 1")
+        require(max(self.beta1, self.beta2) < 1, f"beta1 {self.beta1} or beta2 {self.beta2} is too large")
         require(self.max_iters >= self.grad_accum, f"max_iters {self.max_iters} is less than one step")
         require(self.preset in ("auto", *PRESETS), f"preset must be auto, {' or '.join(PRESETS)}")
-        require(self.preset != "finetune" or self.init_from, "preset finetune needs --init_from")
         require(self.dtype in ("auto", "bfloat16", "float16", "float32"), f"dtype cannot be {self.dtype}")
 
 # ---- layers ------------------------------------------------------------------------------------------
@@ -179,7 +151,8 @@ def sliding_window_attention(q, k, v, window, scale):
     if T == S <= window:
         return grouped_attention(q, k, v, scale, is_causal=True)
     if has_flash(q):  # on an H200 twice as fast as FlexAttention and as the blocks below
-        q, k, v = (t.repeat_interleave(H // t.size(1), dim=1).transpose(1, 2).flatten(0, 1) for t in (q, k, v))
+        k, v = (t.repeat_interleave(H // t.size(1), dim=1) for t in (k, v))
+        q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # (B * T or S, H, D)
         starts = torch.arange(B + 1, device=q.device, dtype=torch.int32)
         out = varlen_attn(q, k, v, starts * T, starts * S, T, S, scale=scale, window_size=(window - 1, 0))
         return out.unflatten(0, (B, T)).transpose(1, 2)
@@ -349,19 +322,17 @@ class Gemma(nn.Module):
         (B, T), context = tokens.shape, self.config.context_length
         require(T > 0, "the prompt is empty")
         require(T + max_new_tokens <= context, f"{T} + {max_new_tokens} tokens exceed the context, {context}")
-        require(0 <= temperature < math.inf, f"temperature cannot be {temperature}")
-        require(top_k is None or top_k > 0, f"top_k cannot be {top_k}")
+        fits = 0 <= temperature < math.inf and (top_k is None or top_k > 0)
+        require(fits, f"temperature {temperature} or top_k {top_k} is out of range")
         require(top_p is None or 0 < top_p <= 1, f"top_p must lie in (0, 1], not be {top_p}")
         cache = KVCache(self.config, B, T + max_new_tokens, tokens.device, compute_dtype(self.head))
         stopped = torch.zeros(B, dtype=torch.bool, device=tokens.device)
-        casts = torch.is_autocast_enabled("cuda")
         def predict(tokens):
             with torch.backends.mkldnn.flags(tokens.numel() > 1, None, None, None):  # slow with a single row
                 return F.linear(self.features(tokens, cache)[:, -1], self.head).float()  # (B, V)
         for made in range(max_new_tokens):
             if made == 1 and tokens.is_cuda:
-                with torch.autocast("cuda", torch.get_autocast_dtype("cuda"), casts, cache_enabled=False):
-                    predict = torch.cuda.make_graphed_callables(predict, (tokens,), num_warmup_iters=1)
+                predict = torch.cuda.make_graphed_callables(predict, (tokens,), num_warmup_iters=1)
                 cache.length -= 1  # recording took a step
             new = sample_token(predict(tokens), temperature, top_k, top_p, generator)
             if stop_token is not None:
@@ -374,64 +345,11 @@ class Gemma(nn.Module):
     def generate(self, tokens, *args, **kwargs):
         """tokens (B, T) and the n that stream, given the same arguments, yields. -> (B, T + n)"""
         return torch.stack((*tokens.T, *self.stream(tokens, *args, **kwargs)), dim=1)
-    @classmethod
-    def from_pretrained(cls, folder):
-        """The Gemma3ForCausalLM of a folder that transformers reads, or of a repository on the hub, in
-        float32. Raises ValueError naming what is missing, unknown or not implemented here."""
-        try:
-            path = Path(folder)
-            if not path.is_dir() and str(folder).count("/") == 1:
-                from huggingface_hub import snapshot_download
-                path = Path(snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors"]))
-            given = {"tie_word_embeddings": True, **json.loads((path / "config.json").read_text())}
-            rope, types = given.get("rope_parameters") or {}, given.get("layer_types")
-            for name, kind in ("rope_theta", "full_attention"), ("rope_local_base_freq", "sliding_attention"):
-                given |= {name: rope[kind]["rope_theta"]} if kind in rope else {}
-            missing = ", ".join(k for k in OFFICIAL.values() if type(given.get(k)) not in (bool, int, float))
-            require(not missing, f"config.json of a {given.get('model_type')} has no number for {missing}")
-            every = [*types, "full_attention"].index("full_attention") + 1 if types else None
-            config = GemmaConfig(**{ours: given[theirs] for ours, theirs in OFFICIAL.items()},
-                                 full_attention_every=every or given.get("sliding_window_pattern", 6))
-            for name, value in official_config(config).items():
-                fits = (given.get(name, value) or None) == (value or None)
-                require(fits, f"{name} {given.get(name)} is not implemented, only {value}")
-            with torch.device("meta"):  # without initial values
-                model = cls(config)
-            weights = {name.removeprefix("model."): weight.float() for file in path.glob("model*.safetensors")
-                       for name, weight in load_file(file).items()}
-            ours = model.state_dict()
-            for name in sorted(weights.keys() | ours.keys()):
-                want, have = (list(w[name].shape) if name in w else "nothing" for w in (ours, weights))
-                require(want == have, f"tensor {name}: config.json wants {want}, found {have}")
-            model.load_state_dict(weights, assign=True)
-        except Exception as error:  # json, safetensors and the hub raise very different things
-            why = str(error) if isinstance(error, ValueError) else repr(error)
-            raise ValueError(f"{folder} cannot be loaded: {why:.300}") from None
-        return model
-    def save_pretrained(self, folder, tokenizer=None):
-        """Writes what transformers reads, whole or not at all. A tokenizer is one of prepare.load_tokenizer
-        or of transformers. Raises ValueError if the folder is not empty or transformers forbids the shape."""
-        c, folder = self.config, Path(folder).resolve()
-        require(not any(folder.glob("*")), f"{folder} is not empty: name a new folder")
-        require(c.emb_dim % c.n_heads == 0, f"transformers wants n_heads to divide emb_dim, {c.emb_dim}")
-        special = {f"{x}_token_id": getattr(tokenizer, f"{x}_token_id", None) for x in ("bos", "eos", "pad")}
-        files = {"config.json": {**official_config(c), "dtype": "float32", **special, "pad_token_id": None},
-                 "generation_config.json": special}  # transformers never trains the row of config.json's pad
-        weights = {("" if name == "lm_head.weight" else "model.") + name: weight.float().cpu()
-                   for name, weight in self.state_dict().items()}
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-            (part := Path(temporary, "folder")).mkdir()
-            tokenizer.save_pretrained(part) if tokenizer is not None else None
-            save_file(weights, part / "model.safetensors", {"format": "pt"})
-            for name, content in files.items():
-                (part / name).write_text(json.dumps(content, indent=2) + "\n")
-            part.replace(folder)
     def num_parameters(self):
         """Trainable numbers; those of a tied head count once."""
         return sum(weight.numel() for weight in self.parameters())
     def flops_per_token(self, T):
-        """Operations per token of forward and backward on sequences of T tokens: six per weight of a matrix
-        product (arXiv 2001.08361, section 2.1), twelve per entry of a visible key."""
+        """Operations of a training step for a token in sequences of T (arXiv 2001.08361, section 2.1)."""
         c, sizes = self.config, {"sliding_attention": min(T, self.config.sliding_window), "full_attention": T}
         keys = sum(W - W * (W - 1) / (2 * T) for W in map(sizes.get, c.layer_types))  # of an average query
         weights = self.head.numel() + sum(w.numel() for w in self.layers.parameters() if w.ndim == 2)
@@ -455,9 +373,8 @@ def load_data(folder):
     try:
         meta = json.loads(Path(folder, "meta.json").read_text())
         train, val = (np.memmap(Path(folder, name), meta["dtype"], "r") for name in ("train.bin", "val.bin"))
-        written, meta_text = meta.pop("crc32"), json.dumps(meta, sort_keys=True).encode()
-        found = zlib.crc32(meta_text, zlib.crc32(val, zlib.crc32(train)))
-        require(found == written, "a file is not as it was written")
+        crc32, text = meta.pop("crc32"), json.dumps(meta, sort_keys=True)
+        require(crc32 == zlib.crc32(text.encode(), zlib.crc32(val, zlib.crc32(train))), "a checksum differs")
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ValueError(f"no usable data in {folder} ({error}): run python prepare.py") from None
     return train, val, meta
@@ -501,8 +418,7 @@ def evaluate(model, data, config, autocast, rank=0, world=1):
         with autocast:
             loss, tokens = model(x, y), (y >= 0).sum()
         total += torch.stack((loss * tokens, tokens))
-    if world > 1:
-        dist.all_reduce(total)
+    dist.all_reduce(total) if world > 1 else None
     return (total[0] / total[1]).item()
 
 # ---- checkpoint and log ------------------------------------------------------------------------------
@@ -525,26 +441,11 @@ def load_checkpoint(path):
         raise ValueError(f"{path} cannot be loaded as a checkpoint: {error!r:.120}") from None
     return state
 
-LOG_FORMAT = {"iteration": ",", "step": ",", "train_loss": ".4f", "val_loss": ".4f", "perplexity": ".1f",
-              "lr": ".2e", "grad_norm": ".2f", "skipped": "", "tokens_per_second": ",.0f", "time_left": ""}
-
-def write_log(path, rows):
-    """Writes the log beside the checkpoint as CSV and, after a validation, with matplotlib as a picture."""
-    table = [LOG_FORMAT, *([row.get(name, "") for name in LOG_FORMAT] for row in rows)]
-    Path(path).with_suffix(".csv").write_text("".join(",".join(map(str, row)) + "\n" for row in table))
-    with contextlib.suppress(ImportError):
-        from matplotlib.figure import Figure
-        axes = Figure().subplots()
-        for name in ("train_loss", "val_loss"):
-            axes.plot(*zip(*((row["iteration"], row[name]) for row in rows if name in row)), label=name)
-        axes.legend(title="nats per token at each iteration")
-        axes.figure.savefig(Path(path).with_suffix(".png"))
-
 # ---- training ----------------------------------------------------------------------------------------
 def pick_device(name="auto"):
     """A torch.device; under torchrun each process has its own GPU. Raises ValueError if it is not there."""
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+    cuda = name == "cuda" or name == "auto" and torch.cuda.is_available()
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else {"auto": "cpu"}.get(name, name)
     here = ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())))
     require(name in here, f"device {name} is not here, only {', '.join(here)}")
     torch.cuda.set_device(name) if name.startswith("cuda") else None
@@ -558,33 +459,33 @@ def pick_dtype(name, device):
         major, minor = torch.cuda.get_device_capability(device)
         fast = torch.bfloat16 if major >= 8 else torch.float16 if major == 7 else torch.float32
         return fast, f"compute capability {major}.{minor}"
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-        return torch.bfloat16, "this CPU has instructions for it"
-    return torch.float32, "this CPU has nothing faster"
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return (torch.bfloat16, "this CPU has it") if fast else (torch.float32, "this CPU has nothing faster")
 
 def bench(config, model, dtype, began, work, update, x, y):
-    """Prints how long training takes, what share of the device's matrix products it reaches, and its memory."""
+    """Prints how long training takes, its memory, and its share of the device's rate in matrix products."""
     def seconds(work, *inputs):  # of a call, as a median
         timer = Timer("work(*inputs)", globals=locals(), num_threads=torch.get_num_threads())
         return timer.blocked_autorange(min_run_time=3).median
     work(x, y)
     update(0.0)
-    ready, a = time.perf_counter() - began, torch.randn(*[8192 if x.is_cuda else 2048] * 2, device=x.device).to(dtype)
+    ready = time.perf_counter() - began
+    a = torch.randn(*[8192 if x.is_cuda else 2048] * 2, device=x.device).to(dtype)
     iteration = seconds(work, x, y) + seconds(update, 0.0) / config.grad_accum
     chip, tokens = 2 * len(a) ** 3 / seconds(torch.mm, a, a), x.numel() / iteration  # each a second
     memory = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB at most" if x.is_cuda else ""
     speed = tokens * model.flops_per_token(config.block_size)
     print(f"start   {ready:.0f} s to the end of the first step, with compilation{memory}\n"
-          f"speed   {1000 * iteration:.1f} ms an iteration, {tokens:,.0f} tokens/s, {speed / 1e12:.4g} TFLOP/s, "
-          f"{speed / chip:.1%} of the {chip / 1e12:.4g} of a matrix product\n"
-          f"time    {tqdm.format_interval(config.max_iters * iteration)} for {config.max_iters:,} iterations")
+          f"speed   {1000 * iteration:.1f} ms an iteration, {config.max_iters:,} in "
+          f"{tqdm.format_interval(config.max_iters * iteration)}, {tokens:,.0f} tokens/s\n"
+          f"chip    {speed / 1e12:.4g} TFLOP/s, {speed / chip:.1%} of a matrix product's {chip / 1e12:.4g}")
 
 def train(config, model, data, state=None):
     """Trains as config says and leaves config.out; state is a checkpoint to continue. Under torchrun each
     process runs this; micro-batch i of a step belongs to process i % world."""
     began, (train_data, val_data, meta), accum = time.perf_counter(), data, config.grad_accum
     steps, step_tokens = config.max_iters // accum, config.batch_size * accum * config.block_size
-    n_blocks, compiling = (len(train_data) - 1) // config.block_size, config.compile
+    n_blocks = (len(train_data) - 1) // config.block_size
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(config.device)
     dtype, reason = pick_dtype(config.dtype, device)
@@ -594,43 +495,37 @@ def train(config, model, data, state=None):
     say = tqdm.write if rank == 0 else lambda line: None
     say(f"model   {config.preset}, {model.num_parameters():,} parameters, {model.config.vocab_size:,} words\n"
         f"device  {world} x {device.type}, {str(dtype)[6:]} ({reason}), torch {torch.__version__}, "
-        f"{'compiled' if compiling else 'not compiled'}\n"
-        f"data    {config.data_dir}, {meta['tokenizer']}, {len(train_data):,} + {len(val_data):,} tokens\n"
-        f"run     {config.max_iters:,} iterations, {steps:,} steps of {step_tokens:,} tokens, "
-        f"{steps * step_tokens / len(train_data):.2f} epochs, lr {config.lr:g}\n"
-        f"writes  {config.out} and {Path(config.out).with_suffix('.csv')} at each validation")
+        f"{'compiled' if compiling else 'not compiled'}")
+    if not config.bench:
+        say(f"data    {config.data_dir}, {meta['tokenizer']}, {len(train_data):,} + {len(val_data):,} tokens\n"
+            f"run     {steps:,} steps of {accum} iterations, {step_tokens:,} tokens; "
+            f"{steps * step_tokens / len(train_data):.2f} epochs; writes {config.out} at each validation")
     weights = list(model.to(device).parameters())
     groups = [{"params": [w for w in weights if w.ndim > 1], "weight_decay": config.weight_decay},
               {"params": [w for w in weights if w.ndim == 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    step, rows, skipped, signals = 0, [], [], []
+    step, rate, rows, skipped, signals = 0, 0.0, [], [], []
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # {} if it ran without one
         step, rows, skipped = state["iteration"] // accum, state["rows"], state["skipped"]
-    worker = copy.deepcopy(model)  # computes: all weights are shared, but for a copy of the blocks in dtype
-    worker.layers.to(dtype)
-    worker.checkpoint_activations = config.checkpoint_activations
-    worker.compile() if compiling else None  # validation, with model itself, is not worth the wait
-    copies, sums = list(worker.parameters()), torch.zeros(model.num_parameters() + 1, device=device)
-    *places, loss_sum = sums.split([*(weight.numel() for weight in weights), 1])
-    for weight, copied, place in zip(weights, copies, places):
-        weight.grad, copied.data = place.view_as(weight), weight.data.to(copied.dtype)
+    model.checkpoint_activations = config.checkpoint_activations
+    run = copy.copy(model)  # the same weights; model itself stays as it is, for validation
+    run.compile() if compiling else None
+    sums = torch.zeros(model.num_parameters() + 1, device=device)  # all gradients of a step and its loss
+    *gradients, loss_sum = sums.split([*(weight.numel() for weight in weights), 1])
+    for weight, gradient in zip(weights, gradients):
+        weight.grad = gradient.view_as(weight)
     def accumulate(x, y):
         with autocast:
-            loss = worker(x, y) / accum
-        gradients, place = torch.autograd.grad(scaler.scale(loss), copies), 0
-        for _, part in itertools.groupby((*gradients, loss.detach()), key=lambda gradient: gradient.dtype):
-            part = torch.cat([gradient.flatten() for gradient in part])  # one addition in place of hundreds
-            sums[place:place + len(part)] += part
-            place += len(part)
-        return loss_sum
+            loss = run(x, y) / accum
+        scaler.scale(loss).backward()
+        return loss_sum.add_(loss.detach())
     def update(rate):
-        if world > 1:
-            dist.all_reduce(sums)
+        dist.all_reduce(sums) if world > 1 else None
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = rate
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(weights, config.grad_clip or math.inf)
@@ -638,8 +533,6 @@ def train(config, model, data, state=None):
         if math.isfinite(norm) or scaler.is_enabled():  # the scaler skips an update by itself
             scaler.step(optimizer)
             scaler.update()
-        with torch.no_grad():
-            torch._foreach_copy_(copies, weights)
         sums.zero_()
         return loss, norm
     def fetch(iteration):
@@ -647,19 +540,23 @@ def train(config, model, data, state=None):
         return get_batch(train_data, blocks, config.block_size, device)
     def log(**row):
         rows.append({"iteration": step * accum, "step": step, **row})
-        say(" | ".join(f"{key.replace('_', ' ')} {value:{LOG_FORMAT[key]}}" for key, value in rows[-1].items()))
+        say(" | ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in rows[-1].items()))
     def save(needed):
         try:
             save_checkpoint(config.out, {
                 "model_config": asdict(model.config), "train_config": asdict(config), "data": meta,
                 "iteration": step * accum, "rows": rows, "skipped": skipped, "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
-            write_log(config.out, rows)
+            names = list(dict.fromkeys(name for row in rows for name in row))
+            table = (",".join(str(row.get(name, "")) for name in names) for row in rows)
+            Path(config.out).with_suffix(".csv").write_text("\n".join((",".join(names), *table, "")))
         except OSError as error:
             require(not needed, f"{config.out} cannot be written: {error}")
             say(f"warning: {config.out} stays as it was, the new state cannot be written: {error}")
     def validate():
         loss = evaluate(model, val_data, config, autocast, rank, world)
+        require(math.isfinite(loss), f"validation loss {loss} at iteration {step * accum:,}, lr {rate:.1e}; "
+                f"{config.out} stays as it was")
         log(val_loss=loss, perplexity=math.exp(min(loss, 700)))
         save(needed=step in (0, steps)) if rank == 0 else None
     def due(interval):  # at the first step's end at or after each multiple, and at the end of the run
@@ -685,21 +582,23 @@ def train(config, model, data, state=None):
             x, y = fetch(step * accum + micro + world)  # while the device computes
             bar.update(world)
             stop.fill_(len(signals))
-            dist.all_reduce(stop) if world > 1 else None  # all leave or none: one alone leaves the others waiting
+            if world > 1:  # all leave or none: the others would wait for one that left alone
+                dist.all_reduce(stop)
             if stop:
                 break
         if stop:  # the resumed run takes this step from its start
             break
         rate = learning_rate(config, step)
         loss, norm = update(rate)
-        step, skipped = step + 1, [*skipped, step] if not math.isfinite(norm) else skipped
+        step += 1
+        skipped += [step] if not math.isfinite(norm) else []
         bearable = 25 if scaler.is_enabled() else 3  # the scale of 2^16 may have to fall first
-        require(skipped[-bearable:] != [*range(step - bearable, step)], f"iteration {step * accum:,}: no finite "
-                f"gradient in {bearable} steps, lr {rate:.1e}; {config.out} is that of the last validation")
+        lost = skipped[-bearable:] == list(range(step - bearable + 1, step + 1))
+        require(not lost, f"no finite gradient in {bearable} steps up to iteration {step * accum:,}, "
+                f"lr {rate:.1e}; {config.out} is that of the last validation")
         if due(config.log_interval):
-            seconds = (time.perf_counter() - clock) / (step - clocked)
-            log(train_loss=loss, lr=rate, grad_norm=norm, skipped=len(skipped),
-                tokens_per_second=step_tokens / seconds, time_left=tqdm.format_interval(seconds * (steps - step)))
+            speed = (step - clocked) * step_tokens / (time.perf_counter() - clock)
+            log(train_loss=loss, lr=rate, grad_norm=norm, skipped=len(skipped), tokens_per_second=speed)
             clock, clocked = time.perf_counter(), step
         if due(config.eval_interval):
             validate()
@@ -715,57 +614,43 @@ def train(config, model, data, state=None):
 # ---- command line ------------------------------------------------------------------------------------
 def settings(given):
     """The flags that were given -> TrainConfig, model, data, and with --resume a checkpoint. ValueError"""
-    out, state, world = Path(given.get("out", TrainConfig.out)), None, int(os.environ.get("WORLD_SIZE", 1))
-    require(not out.is_dir() and out.suffix not in (".csv", ".png"), f"out cannot be {out}")
-    given = {name: value for name, value in given.items() if (name, value) != ("preset", "auto")}
-    if given.get("resume"):
-        state = load_checkpoint(out)
-        base = {**vars(state["train_config"]), **vars(state["model_config"])}
-    else:
-        default = "270m" if pick_device(given.get("device", "auto")).type == "cuda" else "tiny"
-        preset = given.get("preset", "finetune" if "init_from" in given else default)
-        base = {"preset": preset, **PRESETS.get(preset, {})}
-    values = {**base, **given, "out": str(out)}
+    out, preset = Path(given.get("out", TrainConfig.out)), given.pop("preset", "auto")
+    require(not out.is_dir() and out.suffix != ".csv", f"out cannot be {out}")
+    state = load_checkpoint(out) if given.get("resume") else None
+    if preset == "auto":
+        preset = "270m" if pick_device(given.get("device", "auto")).type == "cuda" else "tiny"
+        preset = state["train_config"].preset if state else preset
+    old = {**vars(state["model_config"]), **vars(state["train_config"])} if state else PRESETS.get(preset, {})
+    values = {**old, **given, "preset": preset, "out": str(out)}
     config, shape = (kind(**{name: values[name] for name in kind.__dataclass_fields__ if name in values})
                      for kind in (TrainConfig, GemmaConfig))
-    torch.manual_seed(config.seed)  # the same weights in every process
-    tokens = np.random.default_rng(0).integers(shape.vocab_size, size=2 ** 20 + config.block_size, dtype=np.uint32)
-    meta = {"tokenizer": "random", "vocab_size": shape.vocab_size}
-    data = train_data, _, meta = (tokens, tokens, meta) if config.bench else load_data(config.data_dir)
-    if config.init_from and not state:
-        model, words = Gemma.from_pretrained(config.init_from), meta["tokenizer"]
-        same = all(getattr(model.config, name) == given[name] for name in asdict(shape).keys() & given)
-        require(same, f"init_from: {config.init_from} is another model than these flags describe")
-        require(config.bench or words in (config.init_from, os.path.realpath(config.init_from)), "init_from: the "
-                f"data have tokens of {words}, so run python prepare.py --tokenizer {config.init_from}")
-    else:
-        model = Gemma(replace(shape, vocab_size=values.get("vocab_size", meta["vocab_size"])))
-    require(config.block_size <= min(len(train_data) - 1, model.config.context_length),
-            f"block_size {config.block_size} exceeds the data or the context, {model.config.context_length}")
-    fits = meta["vocab_size"] <= model.config.vocab_size
-    require(fits, f"vocab_size {model.config.vocab_size} is less than that of the data, {meta['vocab_size']}")
-    fits = config.grad_accum % world == 0
-    require(fits, f"grad_accum {config.grad_accum} cannot be divided among {world} processes")
     fits = state or config.overwrite or config.bench or not out.exists()
     require(fits, f"{out} exists: --resume goes on with it, --overwrite starts anew, --out names another")
-    if state:
-        before, same = state["train_config"], model.config == state["model_config"]
-        same = same and (config.preset, config.init_from) == (before.preset, before.init_from)
-        require(same, f"resume: {out} holds another model than these flags describe")
-        same = all(meta[key] == state["data"][key] for key in ("tokenizer", "vocab_size"))
-        require(same, f"resume: the data in {config.data_dir} have another vocabulary than {out}")
+    tokens = np.random.default_rng(0).integers(shape.vocab_size, size=2 ** 20 + config.block_size)
+    random = tokens, tokens, {"tokenizer": "random", "vocab_size": shape.vocab_size}
+    data = tokens, _, meta = random if config.bench else load_data(config.data_dir)
+    torch.manual_seed(config.seed)  # the same weights in every process
+    model = Gemma(replace(shape, vocab_size=values.get("vocab_size", meta["vocab_size"])))
+    words, longest = model.config.vocab_size, min(len(tokens) - 1, model.config.context_length)
+    require(meta["vocab_size"] <= words, f"vocab_size {words} is below the {meta['vocab_size']} of the data")
+    require(config.block_size <= longest, f"block_size {config.block_size} exceeds the context or the data")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    require(config.grad_accum % world == 0, f"{world} processes cannot share grad_accum {config.grad_accum}")
+    require(world == 1 or not config.bench, "bench measures a single process")
+    same = not state or (model.config == state["model_config"] and preset == state["train_config"].preset
+                         and all(meta[key] == state["data"][key] for key in ("tokenizer", "vocab_size")))
+    require(same, f"resume: {out} has another model or vocabulary than these flags and data")
     return config, model, data, state
 
 def main(argv=None):
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"gemma270m.py: error: {message}\n")
-    for title, config_class in (("training", TrainConfig), ("model", GemmaConfig)):
-        group = parser.add_argument_group(title)  # a field is a flag, the comment behind it the help text
-        comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config_class), re.M))
-        for field in fields(config_class):
+    for config in (TrainConfig, GemmaConfig):  # a field is a flag, the comment behind it the help text
+        comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.M))
+        for field in fields(config):
             kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type}
             text = f"{comments[field.name]} (default: {field.default})"
-            group.add_argument(f"--{field.name}", help=text, **kind)
+            parser.add_argument(f"--{field.name}", help=text, **kind)
     try:
         train(*settings(vars(parser.parse_args(argv))))
     except (ValueError, OSError, torch.OutOfMemoryError) as error:

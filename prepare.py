@@ -4,7 +4,6 @@ Turns text into the token files that gemma270m.py trains on.
     python prepare.py                                      TinyStories with the GPT-2 vocabulary
     python prepare.py --input my.txt "more/*.jsonl.gz"     your own text
     python prepare.py --input my.txt --tokenizer bytes     no vocabulary to download
-    python prepare.py --input my.txt --tokenizer FOLDER    that of a model, to fine-tune it
 
 Writes OUT_DIR/train.bin and OUT_DIR/val.bin, plain arrays of uint16 (uint32 for a vocabulary above 65,536) in
 which an end-of-text token follows each story, and last OUT_DIR/meta.json, which says what they hold.
@@ -81,116 +80,21 @@ def in_background(function, *args):
 
 # Tokenizers -----------------------------------------------------------------------------------------------
 
-class Encoding(tiktoken.Encoding):
-    """A tiktoken.Encoding that transformers can read too."""
-    prefix = []  # what a document starts with
-    bos_token_id = eos_token_id = pad_token_id = tiktoken.Encoding.eot_token
-
-    def save_pretrained(self, folder):
-        """Writes the files from which transformers makes a tokenizer that gives the same tokens."""
-        with blame("the tokenizer cannot be written"):
-            from transformers.convert_slow_tokenizer import TikTokenConverter
-        converter = TikTokenConverter(pattern=self._pat_str, extra_special_tokens=self._special_tokens)
-        converter.load_tiktoken_bpe = lambda _: self._mergeable_ranks  # at hand, so no file is needed
-        converter.converted().save(str(Path(folder, "tokenizer.json")))
-        Path(folder, "tokenizer_config.json").write_text(json.dumps({
-            "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-            "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}, indent=2) + "\n")
-
-
-SPACE = "\u2581"  # stands for a space in a SentencePiece tokenizer
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-# The byte that a character stands for in a byte-level tokenizer: its own if it is visible, and from 256 on
-# those that are left, in order.
-BYTES = {chr(byte): byte for byte in PRINTABLE}
-BYTES |= {chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - {*PRINTABLE}))}
-
-
-class FolderTokenizer:
-    """The tokenizer of a folder that transformers reads, with the methods of tiktoken.Encoding used here.
-
-    A document ends with the folder's eos_token, and starts with its bos_token if the tokenizer itself puts
-    that there, as Gemma's does. Raises ValueError if a file is missing or the tokenizer of another kind.
-    """
-    FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-             "tokenizer.model", "chat_template.jinja")
-
-    def __init__(self, name):
-        from tokenizers import Tokenizer
-        local = os.path.isdir(name)
-        self.name = os.path.realpath(name) if local else name
-        with blame(f"tokenizer {name}"):
-            if not local:
-                from huggingface_hub import snapshot_download
-            self.folder = Path(self.name if local else snapshot_download(name, allow_patterns=self.FILES))
-            for file in self.FILES[:2]:
-                if not (self.folder / file).exists():
-                    raise ValueError(f"there is no {file}")
-            self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
-            given = json.loads((self.folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-            for kind in ("bos_token", "eos_token", "pad_token"):
-                token = given.get(kind)
-                token = token["content"] if isinstance(token, dict) else token
-                setattr(self, f"{kind}_id", token and self.tokenizer.token_to_id(token))
-            if self.eos_token_id is None:
-                raise ValueError("tokenizer_config.json has no eos_token that tokenizer.json knows")
-            decoder = repr(self.tokenizer.decoder)
-            self.byte_level = "ByteLevel" in decoder
-            if not self.byte_level and SPACE not in decoder:
-                raise ValueError("tokenizer.json is neither byte-level nor SentencePiece")
-        self.eot_token = self.eos_token_id
-        self.prefix = [token for token in self.tokenizer.encode("").ids[:1] if token == self.bos_token_id]
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        self.tokenizer.encode_special_tokens = True  # as ordinary text
-        self.added = self.tokenizer.get_added_tokens_decoder()
-        # Text gives no special token; the model has no row for those that Gemma keeps for images.
-        tokens = {*self.tokenizer.get_vocab().values()}
-        tokens -= {token for token, added in self.added.items() if added.special}
-        self.n_vocab = 1 + max(tokens | {self.eot_token, *self.prefix})
-
-    def encode_ordinary(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def encode_to_numpy(self, text, disallowed_special=()):
-        return np.array(self.encode_ordinary(text), np.uint32)
-
-    def decode_single_token_bytes(self, token):
-        piece = self.tokenizer.id_to_token(token) or ""  # a vocabulary may have gaps
-        if self.byte_level:
-            return piece.encode() if token in self.added else bytes(map(BYTES.get, piece))
-        byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)
-        return bytes.fromhex(byte[1]) if byte else piece.replace(SPACE, " ").encode()
-
-    def decode_bytes(self, tokens):
-        return b"".join(map(self.decode_single_token_bytes, tokens))
-
-    def save_pretrained(self, folder):
-        for file in self.FILES:
-            if (self.folder / file).exists():
-                shutil.copy(self.folder / file, folder)
-
-
 def load_tokenizer(name, timeout=60):
-    """The tokenizer `name`: "gpt2" or "bytes" as an Encoding, that of a folder as a FolderTokenizer.
+    """The tokenizer `name`, "gpt2" or "bytes", as a tiktoken.Encoding.
 
-    "gpt2" has 50,257 tokens, which tiktoken downloads once; "bytes" has the 256 bytes and end-of-text = 256;
-    a folder is one that transformers reads, or by its name, with a slash, one on the hub. Raises ValueError
-    for another name, OSError if GPT-2's vocabulary cannot be had within `timeout` seconds.
+    "gpt2" has 50,257 tokens, which tiktoken downloads once; "bytes" has the 256 bytes and end-of-text = 256.
+    Raises ValueError for another name, OSError if GPT-2's vocabulary cannot be had within `timeout` seconds.
     """
     if name == "bytes":
         # Nothing merges, so any pattern is exact; this one keeps tiktoken from handling each character alone.
-        return Encoding("bytes", pat_str=r"[\s\S]{1,256}", explicit_n_vocab=257,
-                        mergeable_ranks={bytes([i]): i for i in range(256)},
-                        special_tokens={END_OF_TEXT: 256})
+        return tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,256})", explicit_n_vocab=257,
+                                 mergeable_ranks={bytes([i]): i for i in range(256)},
+                                 special_tokens={END_OF_TEXT: 256})
     if name != "gpt2":
-        if os.path.isdir(name) or name.count("/") == 1:
-            return FolderTokenizer(name)
-        raise ValueError(f"unknown tokenizer {name!r} (choose gpt2, bytes or a folder with tokenizer.json)")
+        raise ValueError(f"unknown tokenizer {name!r} (choose from gpt2, bytes)")
     try:
-        known = in_background(tiktoken.get_encoding, name).result(timeout)
-        return Encoding(name, pat_str=known._pat_str, mergeable_ranks=known._mergeable_ranks,
-                        special_tokens=known._special_tokens)
+        return in_background(tiktoken.get_encoding, name).result(timeout)
     except Exception as error:
         why = str(error) or f"no answer in {timeout} s"  # a timeout has no text of its own
         raise OSError(f"cannot load the GPT-2 vocabulary ({textwrap.shorten(why, 80)}); connect to the "
@@ -552,9 +456,10 @@ def write_stories(seed=0):
 # Writing --------------------------------------------------------------------------------------------------
 
 def encode(encoding, pieces, dtype):
-    """The tokens of `pieces`, which are text or tokens; a marker inside a text is ordinary text."""
-    return np.concatenate([encoding.encode_to_numpy(piece, disallowed_special=()) if isinstance(piece, str)
-                           else np.array(piece, np.uint32) for piece in pieces]).astype(dtype)
+    """The tokens of `pieces` as one array; a marker inside a piece is ordinary text, None is end-of-text."""
+    end = np.array([encoding.eot_token], np.uint32)
+    return np.concatenate([end if piece is None else encoding.encode_to_numpy(piece, disallowed_special=())
+                           for piece in pieces]).astype(dtype)
 
 
 class TokenFile:
@@ -562,16 +467,12 @@ class TokenFile:
 
     def __init__(self, file, encoding, dtype, pool):
         self.file, self.pool, self.encode = file, pool, lambda pieces: encode(encoding, pieces, dtype)
-        self.start, self.end, self.between = encoding.prefix, [encoding.eot_token], True
         self.jobs, self.batch, self.size = deque(), [], 0
         self.stories = self.tokens = 0
 
     def add(self, piece):
         self.stories += piece is None
-        if self.between:
-            self.batch.append(self.start)
-        self.between = piece is None
-        self.batch.append(self.end if piece is None else piece)
+        self.batch.append(piece)
         self.size += len(piece or "") + 50  # of short pieces, the arrays are what fills the memory
         if self.size > PIECE:
             self.flush(waiting=WORKERS)
@@ -697,7 +598,6 @@ def prepare(args):
         print(f"{out / name}: {file.stories:,} stories, {file.tokens:,} tokens, "
               f"{file.tokens * dtype.itemsize / 1e6:,.1f} MB")
     flag = "" if args.out_dir == "data" else f" --data_dir {shlex.quote(args.out_dir)}"
-    flag += f" --init_from {shlex.quote(args.tokenizer)}" if isinstance(encoding, FolderTokenizer) else ""
     print(f"Tokenizer {encoding.name} ({encoding.n_vocab:,} different tokens), {time.time() - start:.1f} s.")
     print(f"Next: python gemma270m.py{flag}")
 
@@ -726,9 +626,7 @@ def main(argv=None):
     parser.add_argument("--limit", type=positive, metavar="N",
                         help="at most N training stories; TinyStories then gives N/100 for validation, "
                         "but no less than 100")
-    parser.add_argument("--tokenizer", metavar="NAME",
-                        help="gpt2, bytes, or a folder with tokenizer.json, also by its name on the hub; "
-                        "gpt2 unless it is out of reach")
+    parser.add_argument("--tokenizer", choices=("gpt2", "bytes"), help="gpt2 unless it is out of reach")
     parser.add_argument("--out_dir", default="data", metavar="DIR", help="where to write (default: data)")
     args = parser.parse_args(argv)
     if args.val_input and not args.input:

@@ -1,9 +1,7 @@
-"""Continues a prompt with a model that gemma270m.py trained, and shows the text as it comes; or exports it.
+"""Continues a prompt with a model that gemma270m.py trained, and shows the text as it comes.
 
     python sample.py --ckpt out.pt --prompt "Once upon a time"
     python sample.py --ckpt out.pt --prompt FILE:start.txt --num_samples 4 --temperature 0.7
-    python sample.py --ckpt FOLDER              # with a model and tokenizer that transformers reads
-    python sample.py --ckpt out.pt --export FOLDER
 
 The text goes to standard output; speed and reason for the end go to standard error.
 """
@@ -14,8 +12,6 @@ import time
 from pathlib import Path
 
 import torch
-
-from safetensors import SafetensorError
 
 from gemma270m import Gemma, load_checkpoint, pick_device, pick_dtype, require
 from prepare import load_tokenizer
@@ -54,33 +50,21 @@ def read_prompt(prompt):
         raise ValueError(f"prompt: {path} cannot be read as UTF-8 text: {error}") from None
 
 
-def load(ckpt):
-    """The model and the tokenizer of a checkpoint or of a folder. Raises ValueError."""
-    if not (ckpt.endswith(".pt") or Path(ckpt).is_file()):
-        return Gemma.from_pretrained(ckpt), load_tokenizer(ckpt)
-    state = load_checkpoint(ckpt)
-    model = Gemma(state["model_config"])
-    model.load_state_dict(state["model"])
-    return model, load_tokenizer(state["data"]["tokenizer"])
-
-
 def sample(args):
     """Prints args.num_samples continuations of args.prompt. Raises ValueError for what cannot be done."""
     require(args.num_samples > 0, f"num_samples cannot be {args.num_samples}")
     require(args.max_new_tokens is None or args.max_new_tokens > 0, "max_new_tokens must be at least 1")
     prompt, device = read_prompt(args.prompt), pick_device(args.device)
-    model, tokenizer = load(args.ckpt)
-    if args.export:
-        model.save_pretrained(args.export, tokenizer)
-        print(f"{args.export}: {model.num_parameters():,} parameters, tokenizer {tokenizer.name}")
-        return
-    config, end = model.config, tokenizer.eot_token
-    start = tokenizer.prefix or [end]  # in training each document follows one of these
-    start = [*start, *tokenizer.encode_ordinary(prompt)]
+    state = load_checkpoint(args.ckpt)
+    config, end = state["model_config"], state["data"]["end_of_text"]
+    tokenizer = load_tokenizer(state["data"]["tokenizer"])
+    start = [end, *tokenizer.encode_ordinary(prompt)]  # in training each document follows an end-of-text
     room = config.context_length - len(start)
     require(room > 0, f"prompt: {len(start)} tokens leave no room in a context of {config.context_length}")
     wanted = args.max_new_tokens or (1024 if tokenizer.name == "bytes" else 256)  # a story in either
 
+    model = Gemma(config)
+    model.load_state_dict(state["model"])
     dtype, _ = pick_dtype(args.dtype, device)
     model.to(device, dtype)
     if args.compile:  # with these options, products with one row become kernels of their own
@@ -91,7 +75,8 @@ def sample(args):
     stream = model.stream(tokens, min(wanted, room), args.temperature, args.top_k, args.top_p, end, generator)
     texts, alone, made = [Text(tokenizer, end) for _ in tokens], args.num_samples == 1, 0
     began, before = time.perf_counter(), 0
-    with torch.autocast(device.type, dtype, enabled=dtype == torch.float16):  # for a float32 residual stream
+    halved = dtype == torch.float16  # then autocast keeps the residual stream in float32
+    with torch.autocast(device.type, dtype, enabled=halved, cache_enabled=False):
         for new in stream:
             shown = [text.add(token) for text, token in zip(texts, new.tolist())]
             if alone:
@@ -112,9 +97,7 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"sample.py: error: {message}\n")
     add = parser.add_argument
-    add("--ckpt", default="out.pt", help="checkpoint of gemma270m.py, or a folder that transformers "
-        "reads, or its name on the hub (default: %(default)s)")
-    add("--export", metavar="FOLDER", help="write the model there for transformers, and end")
+    add("--ckpt", default="out.pt", help="checkpoint of gemma270m.py (default: %(default)s)")
     add("--prompt", default="", help="text to continue, or FILE:PATH; without one a new document starts")
     add("--num_samples", type=int, default=1, help="continuations in one batch (default: %(default)s)")
     add("--max_new_tokens", type=int, help="longest continuation (default: 256; 1024 if tokens are bytes)")
@@ -128,7 +111,7 @@ def main(argv=None):
     add("--compile", action="store_true", help="faster on a GPU, after half a minute: for long or many texts")
     try:
         sample(parser.parse_args(argv))
-    except (ValueError, OSError, torch.OutOfMemoryError, SafetensorError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         parser.error(str(error).splitlines()[0])
     except KeyboardInterrupt:
         parser.exit(130, "\n")

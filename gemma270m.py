@@ -5,9 +5,8 @@
     python sample.py --ckpt out.pt              # tells a story
     torchrun --nproc_per_node 4 gemma270m.py    # the same training on four GPUs
 
-The architecture and its names are those of the Gemma 3 Technical Report (arXiv 2503.19786) and the official
-checkpoint. Letters in shapes: B sequences of T tokens, S positions attended to, E emb_dim, H query heads,
-G key/value heads (n_kv_groups), D head_dim, V vocab_size, W sliding_window.
+Gemma 3 Technical Report: arXiv 2503.19786. Letters in shapes: B sequences of T tokens, S positions attended
+to, E emb_dim, H query heads, G key/value heads (n_kv_groups), D head_dim, V vocab_size, W sliding_window.
 """
 import argparse, copy, functools, inspect, json, math, os, re, signal, time, zipfile, zlib
 from dataclasses import asdict, dataclass, fields, replace
@@ -30,9 +29,9 @@ def require(condition, message):
         raise ValueError(message)
 
 def require_positive(config, or_zero=()):
-    """Raises ValueError naming the first number of a config that is not positive and finite."""
+    """Raises ValueError naming the first number of a config that is not positive or beyond 2^63."""
     for name, value in vars(config).items():
-        fits = type(value) not in (int, float) or 0 < value < math.inf or value == 0 and name in or_zero
+        fits = type(value) not in (int, float) or 0 < value < 2 ** 63 or value == 0 and name in or_zero
         require(fits, f"{name} cannot be {value}")
 
 @dataclass
@@ -129,8 +128,7 @@ def rope_tables(positions, head_dim, base):
 def apply_rope(x, rope):
     """Turns each pair (x[i], x[i + D/2]) by its position's angle. x (B, H, T, D), rope (2, T, D) -> as x"""
     (cos, sin), y = rope, x.float()
-    other = y.roll(x.size(-1) // 2, dims=-1)  # Gemma pairs the halves, not neighbours
-    return (y * cos + other * sin).type_as(x)
+    return (y * cos + y.roll(x.size(-1) // 2, dims=-1) * sin).type_as(x)  # pairs are halves, not neighbours
 
 def has_flash(q):
     """Whether CUDA's kernels for half precision, from compute capability 8.0 on, take these queries."""
@@ -320,19 +318,18 @@ class Gemma(nn.Module):
         """Yields (B,) tokens, one position at a time, that continue tokens (B, T); temperature 0 is greedy.
         Ends after max_new_tokens or when every row has produced stop_token, which rows repeat until then."""
         (B, T), context = tokens.shape, self.config.context_length
-        require(T > 0, "the prompt is empty")
-        require(T + max_new_tokens <= context, f"{T} + {max_new_tokens} tokens exceed the context, {context}")
-        fits = 0 <= temperature < math.inf and (top_k is None or top_k > 0)
-        require(fits, f"temperature {temperature} or top_k {top_k} is out of range")
-        require(top_p is None or 0 < top_p <= 1, f"top_p must lie in (0, 1], not be {top_p}")
+        fits = 0 < T <= T + max_new_tokens <= context
+        require(fits, f"{T} + {max_new_tokens} tokens: a prompt has at least 1, all together {context}")
+        fits = 0 <= temperature < 1e9 and (top_k is None or top_k > 0) and (top_p is None or 0 < top_p <= 1)
+        require(fits, f"temperature {temperature}, top_k {top_k} or top_p {top_p} is out of range")
         cache = KVCache(self.config, B, T + max_new_tokens, tokens.device, compute_dtype(self.head))
         stopped = torch.zeros(B, dtype=torch.bool, device=tokens.device)
         def predict(tokens):
             with torch.backends.mkldnn.flags(tokens.numel() > 1, None, None, None):  # slow with a single row
                 return F.linear(self.features(tokens, cache)[:, -1], self.head).float()  # (B, V)
         for made in range(max_new_tokens):
-            if made == 1 and tokens.is_cuda:
-                predict = torch.cuda.make_graphed_callables(predict, (tokens,), num_warmup_iters=1)
+            if made == 1 and tokens.is_cuda:  # into a clone, since replaying writes to what was recorded
+                predict = torch.cuda.make_graphed_callables(predict, (tokens.clone(),), num_warmup_iters=1)
                 cache.length -= 1  # recording took a step
             new = sample_token(predict(tokens), temperature, top_k, top_p, generator)
             if stop_token is not None:
@@ -357,7 +354,7 @@ class Gemma(nn.Module):
 
 def sample_token(logits, temperature, top_k=None, top_p=None, generator=None):
     """Draws a token from each row of logits. (B, V) -> (B,)"""
-    if temperature == 0:
+    if temperature < 1e-6:  # the quotient could overflow
         return logits.argmax(-1)
     if top_k is None and top_p is None:
         return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(1)
@@ -374,6 +371,7 @@ def load_data(folder):
         meta = json.loads(Path(folder, "meta.json").read_text())
         train, val = (np.memmap(Path(folder, name), meta["dtype"], "r") for name in ("train.bin", "val.bin"))
         crc32, text = meta.pop("crc32"), json.dumps(meta, sort_keys=True)
+        require(len(val) > 1, "val.bin is too short")
         require(crc32 == zlib.crc32(text.encode(), zlib.crc32(val, zlib.crc32(train))), "a checksum differs")
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ValueError(f"no usable data in {folder} ({error}): run python prepare.py") from None
@@ -437,6 +435,10 @@ def load_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["model_config"] = GemmaConfig(**state["model_config"])
         state["train_config"] = TrainConfig(**state["train_config"])
+        require(state.keys() >= {"data", "iteration", "rows", "skipped", "optimizer", "scaler"}, "incomplete")
+        with torch.device("meta"):  # whether the weights fit
+            Gemma(state["model_config"]).load_state_dict(dict(state["model"]), assign=True)
+        require(all(weight.isfinite().all() for weight in state["model"].values()), "weights are not finite")
     except Exception as error:  # a damaged file makes torch.load raise almost anything
         raise ValueError(f"{path} cannot be loaded as a checkpoint: {error!r:.120}") from None
     return state
@@ -497,9 +499,8 @@ def train(config, model, data, state=None):
         f"device  {world} x {device.type}, {str(dtype)[6:]} ({reason}), torch {torch.__version__}, "
         f"{'compiled' if compiling else 'not compiled'}")
     if not config.bench:
-        say(f"data    {config.data_dir}, {meta['tokenizer']}, {len(train_data):,} + {len(val_data):,} tokens\n"
-            f"run     {steps:,} steps of {accum} iterations, {step_tokens:,} tokens; "
-            f"{steps * step_tokens / len(train_data):.2f} epochs; writes {config.out} at each validation")
+        say(f"data    {meta['tokenizer']}, {len(train_data):,} + {len(val_data):,} tokens\n"
+            f"run     {steps:,} steps, {steps * step_tokens / len(train_data):.2f} epochs; writes {config.out}")
     weights = list(model.to(device).parameters())
     groups = [{"params": [w for w in weights if w.ndim > 1], "weight_decay": config.weight_decay},
               {"params": [w for w in weights if w.ndim == 1], "weight_decay": 0.0}]
@@ -542,6 +543,8 @@ def train(config, model, data, state=None):
         rows.append({"iteration": step * accum, "step": step, **row})
         say(" | ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in rows[-1].items()))
     def save(needed):
+        require(all(weight.isfinite().all() for weight in weights), f"weights are not finite at iteration "
+                f"{step * accum:,}, lr {rate:.1e}; {config.out} stays as it was")
         try:
             save_checkpoint(config.out, {
                 "model_config": asdict(model.config), "train_config": asdict(config), "data": meta,
@@ -550,13 +553,13 @@ def train(config, model, data, state=None):
             names = list(dict.fromkeys(name for row in rows for name in row))
             table = (",".join(str(row.get(name, "")) for name in names) for row in rows)
             Path(config.out).with_suffix(".csv").write_text("\n".join((",".join(names), *table, "")))
-        except OSError as error:
-            require(not needed, f"{config.out} cannot be written: {error}")
-            say(f"warning: {config.out} stays as it was, the new state cannot be written: {error}")
+        except (OSError, RuntimeError) as error:  # torch.save hides the first in the second
+            Path(f"{config.out}.tmp").unlink(missing_ok=True)
+            why = f"{config.out} or its log cannot be written: {error.__context__ or error}"
+            require(not needed, why)
+            say(f"warning: {why}; training goes on")
     def validate():
         loss = evaluate(model, val_data, config, autocast, rank, world)
-        require(math.isfinite(loss), f"validation loss {loss} at iteration {step * accum:,}, lr {rate:.1e}; "
-                f"{config.out} stays as it was")
         log(val_loss=loss, perplexity=math.exp(min(loss, 700)))
         save(needed=step in (0, steps)) if rank == 0 else None
     def due(interval):  # at the first step's end at or after each multiple, and at the end of the run
@@ -575,8 +578,8 @@ def train(config, model, data, state=None):
         return bench(config, model, dtype, began, work, update, x, y)
     validate() if not state else None
     bar = tqdm(total=steps * accum, initial=step * accum, unit="it", disable=rank > 0 or None)
-    clock, clocked = time.perf_counter(), step
     while step < steps:
+        clock = time.perf_counter()
         for micro in range(rank, accum, world):
             work(x, y)
             x, y = fetch(step * accum + micro + world)  # while the device computes
@@ -597,25 +600,22 @@ def train(config, model, data, state=None):
         require(not lost, f"no finite gradient in {bearable} steps up to iteration {step * accum:,}, "
                 f"lr {rate:.1e}; {config.out} is that of the last validation")
         if due(config.log_interval):
-            speed = (step - clocked) * step_tokens / (time.perf_counter() - clock)
+            speed = step_tokens / (time.perf_counter() - clock)
             log(train_loss=loss, lr=rate, grad_norm=norm, skipped=len(skipped), tokens_per_second=speed)
-            clock, clocked = time.perf_counter(), step
         if due(config.eval_interval):
             validate()
-            clock, clocked = time.perf_counter(), step  # the speed is that of training alone
     bar.close()
     if stop:
         save(needed=True) if rank == 0 else None
         say(f"stopped at iteration {step * accum:,}; {config.out} is up to date, --resume goes on from there")
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    list(map(signal.signal, handlers, handlers.values()))
     dist.destroy_process_group() if world > 1 else None
 
 # ---- command line ------------------------------------------------------------------------------------
 def settings(given):
     """The flags that were given -> TrainConfig, model, data, and with --resume a checkpoint. ValueError"""
     out, preset = Path(given.get("out", TrainConfig.out)), given.pop("preset", "auto")
-    require(not out.is_dir() and out.suffix != ".csv", f"out cannot be {out}")
+    require((out.is_file() or not out.exists()) and out.suffix != ".csv", f"out cannot be {out}")
     state = load_checkpoint(out) if given.get("resume") else None
     if preset == "auto":
         preset = "270m" if pick_device(given.get("device", "auto")).type == "cuda" else "tiny"
@@ -635,8 +635,8 @@ def settings(given):
     require(meta["vocab_size"] <= words, f"vocab_size {words} is below the {meta['vocab_size']} of the data")
     require(config.block_size <= longest, f"block_size {config.block_size} exceeds the context or the data")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    require(config.grad_accum % world == 0, f"{world} processes cannot share grad_accum {config.grad_accum}")
-    require(world == 1 or not config.bench, "bench measures a single process")
+    fits = config.grad_accum % world == 0 and (world == 1 or not config.bench)
+    require(fits, f"grad_accum {config.grad_accum} is no multiple of {world} processes, or bench has several")
     same = not state or (model.config == state["model_config"] and preset == state["train_config"].preset
                          and all(meta[key] == state["data"][key] for key in ("tokenizer", "vocab_size")))
     require(same, f"resume: {out} has another model or vocabulary than these flags and data")

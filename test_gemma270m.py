@@ -1399,8 +1399,8 @@ def story_teller(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = GemmaConfig(**{**SHAPE, "vocab_size": 257})
     save_checkpoint("out.pt", {
-        "model": randomize(Gemma(config)).state_dict(), "model_config": vars(config),
-        "train_config": vars(TrainConfig()),
+        "model": randomize(Gemma(config)).state_dict(), "optimizer": {}, "scaler": {}, "iteration": 0,
+        "rows": [], "skipped": [], "model_config": vars(config), "train_config": vars(TrainConfig()),
         "data": {"tokenizer": "bytes", "vocab_size": 257, "end_of_text": 256}})
     return tmp_path
 

@@ -500,7 +500,7 @@ def train(config, model, data, state=None):
         f"{'compiled' if compiling else 'not compiled'}")
     if not config.bench:
         say(f"data    {meta['tokenizer']}, {len(train_data):,} + {len(val_data):,} tokens\n"
-            f"run     {steps:,} steps, {steps * step_tokens / len(train_data):.2f} epochs; writes {config.out}")
+            f"run     {steps:,} steps, {steps * step_tokens / len(train_data):.2f} epochs, to {config.out}")
     weights = list(model.to(device).parameters())
     groups = [{"params": [w for w in weights if w.ndim > 1], "weight_decay": config.weight_decay},
               {"params": [w for w in weights if w.ndim == 1], "weight_decay": 0.0}]

@@ -13,8 +13,10 @@ import itertools
 import json
 import lzma
 import math
+import multiprocessing
 import os
 import pickle
+import random
 import re
 import shlex
 import shutil
@@ -130,8 +132,30 @@ def whole(run):
     return run()
 
 
+@pytest.fixture(scope="session")
+def start(data):
+    """A function that starts a toy run, like run(), in a process of its own, a fork of one that has loaded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["gemma270m", "matplotlib.figure"])
+
+        def start(**given):
+            process = context.Process(target=main, args=(flags(**{**TOY, "data_dir": data, **given}),))
+            process.start()
+            return process
+        yield start
+
+
 def column(state, name):
     return [row[name] for row in state["rows"] if name in row]
+
+
+def assert_same_run(got, expected):
+    for part in ("iteration", "model", "optimizer", "scaler"):
+        assert_equal(got[part], expected[part])
+    for name in ("iteration", "step", "train_loss", "val_loss", "perplexity", "lr", "grad_norm"):
+        assert column(got, name) == column(expected, name)
 
 
 class TensorsMade(TorchDispatchMode):
@@ -671,10 +695,28 @@ def test_a_stopped_run_resumes_bit_for_bit(run, tmp_path_factory, stops):
             run(out=out, log_interval=8, **{"resume": True} if leg else {})
     resumed, whole = run(out=out, log_interval=8, resume=True), run(log_interval=8)
     assert signal.getsignal(signal.SIGINT) is handler
-    for part in ("iteration", "model", "optimizer", "scaler"):
-        assert_equal(resumed[part], whole[part])
-    for name in ("iteration", "step", "train_loss", "val_loss", "perplexity", "lr", "grad_norm"):
-        assert column(resumed, name) == column(whole, name)
+    assert_same_run(resumed, whole)
+
+
+def test_kill_9_at_any_moment_loses_nothing(run, start, tmp_path):
+    kills, out, chance = settings().max_examples // 4, tmp_path / "out.pt", random.Random(0)
+    temporary, given = tmp_path / "out.pt.tmp", dict(max_iters=60 * kills, eval_interval=2)
+
+    def seen(path):
+        return path.stat().st_mtime_ns if path.exists() else None
+
+    for _ in range(kills):
+        process, event = start(out=out, resume=out.exists(), **given), chance.choice((out, temporary))
+        before = seen(event)
+        while process.is_alive() and seen(event) == before:
+            pass
+        process.join(chance.uniform(0, 0.02))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        if out.exists():
+            load_checkpoint(out)
+    assert_same_run(run(out=out, resume=out.exists(), **given), run(**given))
 
 
 def test_resume_takes_settings_from_the_checkpoint_and_flags_override_them(whole, tmp_path, monkeypatch):

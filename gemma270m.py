@@ -448,11 +448,16 @@ def evaluate(model, data, config, autocast, rank=0, world=1):
 # ---- checkpoint and log ------------------------------------------------------------------------------
 def save_checkpoint(path, state):
     """Writes tensors and plain values beside path, then renames: path is a whole checkpoint at any moment."""
-    with open(f"{path}.tmp", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())  # the content must reach the disk before the new name does
-    os.replace(f"{path}.tmp", path)
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())  # the content must reach the disk before the new name does
+        os.replace(f"{path}.tmp", path)
+    except RuntimeError as error:  # so torch.save hides a full disk
+        raise OSError(str(error.__context__ or error)) from None
+    finally:
+        Path(f"{path}.tmp").unlink(missing_ok=True)
 
 def load_checkpoint(path):
     """What train saved, on the CPU. Raises ValueError if the file is missing, damaged or something else."""
@@ -646,7 +651,7 @@ def train(config, model_config, data, state=None):
             write_log(config.out, rows)
         except OSError as error:
             require(not needed, f"{config.out} cannot be written: {error}")
-            say(f"warning: {config.out} stays as it was, the new state cannot be written: {error}")
+            say(f"warning: the new {config.out} or its log cannot be written, the old one stays: {error}")
     def validate():
         loss = evaluate(trainer.model, val_data, config, trainer.autocast, rank, world)
         log(val_loss=loss, perplexity=math.exp(min(loss, 700)))

@@ -18,6 +18,7 @@ import os
 import pickle
 import random
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -134,14 +135,16 @@ def whole(run):
 
 @pytest.fixture(scope="session")
 def start(data):
-    """A function that starts a toy run, like run(), in a process of its own, a fork of one that has loaded."""
+    """A function that starts a toy run, like run(), in a process of its own: the fork of one that has torch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["gemma270m", "matplotlib.figure"])
+        context.set_forkserver_preload(["gemma270m"])
 
         def start(**given):
-            process = context.Process(target=main, args=(flags(**{**TOY, "data_dir": data, **given}),))
+            code = "import gemma270m, sys; sys.modules['matplotlib.figure'] = None; gemma270m.main(flags)"
+            given = flags(**{**TOY, "data_dir": data, **given})
+            process = context.Process(target=exec, args=(code, {"flags": given}))
             process.start()
             return process
         yield start
@@ -717,6 +720,50 @@ def test_kill_9_at_any_moment_loses_nothing(run, start, tmp_path):
         if out.exists():
             load_checkpoint(out)
     assert_same_run(run(out=out, resume=out.exists(), **given), run(**given))
+
+
+def full_disk(out):
+    """Lets files grow no further than a part of a checkpoint. -> what ends that"""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (out.stat().st_size // 2, limits[1]))
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def no_place(out):
+    """Takes the place where the new checkpoint would be written. -> what frees it"""
+    path = Path(f"{out}.tmp")
+    path.mkdir()
+    return path.rmdir
+
+
+@pytest.mark.parametrize("sabotage", (full_disk, no_place))
+@pytest.mark.parametrize("ends", (True, False))
+def test_a_run_whose_saves_fail_says_so_and_goes_on_but_the_last_must_succeed(run, whole, tmp_path, capsys,
+                                                                              monkeypatch, sabotage, ends):
+    out, undo, seen = tmp_path / "out.pt", [], []
+
+    def get_batch_and_sabotage(*args):
+        if out.exists() and not undo:
+            undo.append(sabotage(out))
+        if ends and "warning" in (text := capsys.readouterr().out):
+            seen.append((text, torch.load(out)["iteration"]))
+            undo[0]()
+        return get_batch(*args)
+
+    monkeypatch.setattr(gemma270m, "get_batch", get_batch_and_sabotage)
+    if ends:
+        assert_same_run(run(out=out), whole)
+        (text, iteration), = seen
+        assert iteration == 0 and text.count("warning") == 1 and str(out) in text
+    else:
+        with pytest.raises(SystemExit):
+            run(out=out)
+        undo[0]()
+        output = capsys.readouterr()
+        assert output.out.count("warning") == 2  # at iterations 4 and 8
+        assert re.fullmatch(rf"gemma270m.py: error: {out} cannot be written: .+\n", output.err)
+        assert load_checkpoint(out)["iteration"] == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"out.pt", "out.csv"}
 
 
 def test_resume_takes_settings_from_the_checkpoint_and_flags_override_them(whole, tmp_path, monkeypatch):

@@ -644,6 +644,8 @@ def train(config, model_config, data, state=None):
         line = (f"{name.replace('_', ' ')} {value:{LOG_FORMAT[name]}}" for name, value in rows[-1].items())
         say(" | ".join(line))
     def save(needed):
+        require(all(weight.isfinite().all() for weight in trainer.weights),
+                f"weights are not finite at iteration {step * accum:,}; {config.out} stays as it was")
         try:
             save_checkpoint(config.out, {
                 "model_config": asdict(model_config), "train_config": asdict(config), "data": meta,

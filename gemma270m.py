@@ -466,6 +466,10 @@ def load_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["model_config"] = GemmaConfig(**state["model_config"])
         state["train_config"] = TrainConfig(**state["train_config"])
+        require({"tokenizer", "vocab_size", "end_of_text"} <= state["data"].keys(), "data lacks a key")
+        with torch.device("meta"):
+            Gemma(state["model_config"]).load_state_dict(dict(state["model"]), assign=True)  # a trial
+        require(all(weight.isfinite().all() for weight in state["model"].values()), "weights are not finite")
     except Exception as error:  # a damaged file makes torch.load raise almost anything
         raise ValueError(f"{path} cannot be loaded as a checkpoint: {error!r:.120}") from None
     return state
@@ -706,6 +710,8 @@ def settings(given):
     state, values = None, {}
     if given.get("resume"):
         state = load_checkpoint(out)
+        lacks = ", ".join({"iteration", "rows", "recent", "optimizer", "scaler"} - state.keys())
+        require(not lacks, f"resume: {out} lacks {lacks}")
         values = {**vars(state["train_config"]), **vars(state["model_config"])}
     elif preset in ("auto", *PRESETS):
         default = "270m" if pick_device(given.get("device", "auto")).type == "cuda" else "tiny"

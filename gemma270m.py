@@ -171,6 +171,7 @@ class KVCache:
     """Keys and values of `length` positions: in a full layer all, in a sliding layer a ring of the last W."""
     def __init__(self, config, batch_size, max_length, device=None, dtype=torch.float32):
         self.length = torch.zeros((), dtype=torch.long, device=device)  # a tensor: the host need not wait
+        self.room = max_length
         sizes = {"sliding_attention": min(max_length, config.sliding_window), "full_attention": max_length}
         self.layers = [torch.zeros(2, batch_size, config.n_kv_groups, sizes[kind], config.head_dim,
                                    dtype=dtype, device=device) for kind in config.layer_types]
@@ -301,7 +302,9 @@ class Gemma(nn.Module):
             positions = positions + cache.length
             caches = [{"store": store, "positions": positions} for store in cache.layers]
             run = run if T == 1 else run_blocks  # a prompt comes once and in any length: not worth compiling
+            require(T <= cache.room, f"{T} tokens exceed the cache, which has room for {cache.room}")
             cache.length += T
+            cache.room -= T
         bases = {"sliding_attention": c.rope_local_base, "full_attention": c.rope_base}
         rope = {kind: rope_tables(positions, c.head_dim, base) for kind, base in bases.items()}
         x = self.embed_tokens(tokens)  # (B, T, E)
@@ -325,7 +328,7 @@ class Gemma(nn.Module):
         Ends after max_new_tokens or when every row has produced stop_token, which rows repeat until then."""
         (B, T), context = tokens.shape, self.config.context_length
         require(T > 0, "the prompt is empty")
-        require(T + max_new_tokens <= context, f"{T} + {max_new_tokens} tokens exceed the context, {context}")
+        require(0 <= max_new_tokens <= context - T, f"{T} + {max_new_tokens} tokens do not fit in {context}")
         require(0 <= temperature < math.inf, f"temperature cannot be {temperature}")
         require(top_k is None or top_k > 0, f"top_k cannot be {top_k}")
         require(top_p is None or 0 < top_p <= 1, f"top_p must lie in (0, 1], not be {top_p}")
@@ -379,7 +382,7 @@ def record(work, *inputs):
 
 def sample_token(logits, temperature, top_k=None, top_p=None, generator=None):
     """Draws a token from each row of logits. (B, V) -> (B,)"""
-    if temperature == 0:
+    if temperature < 1e-6:  # the quotient could overflow
         return logits.argmax(-1)
     if top_k is None and top_p is None:
         return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(1)

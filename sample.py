@@ -59,6 +59,8 @@ def sample(args):
     config, end = state["model_config"], state["data"]["end_of_text"]
     tokenizer = load_tokenizer(state["data"]["tokenizer"])
     start = [end, *tokenizer.encode_ordinary(prompt)]  # in training each document follows an end-of-text
+    fits = max(start) < config.vocab_size
+    require(fits, f"prompt: token {max(start)} is beyond the vocabulary of {config.vocab_size}")
     room = config.context_length - len(start)
     require(room > 0, f"prompt: {len(start)} tokens leave no room in a context of {config.context_length}")
     wanted = args.max_new_tokens or (1024 if tokenizer.name == "bytes" else 256)  # a story in either
@@ -86,9 +88,9 @@ def sample(args):
     seconds = time.perf_counter() - began
     shown = [text.finish() for text in texts]
     print(*shown if alone else (prompt + text.content for text in texts), sep="\n---------------\n")
-    speed, ended = (made - before) / seconds, sum(text.ended for text in texts)
-    print(f"{made:,} tokens, {speed:,.0f} tokens/s, {ended} of {args.num_samples} ended by end-of-text",
-          file=sys.stderr)
+    speed = f"{(made - before) / seconds:,.0f} tokens/s, " if made > before else ""  # none to time
+    ended = sum(text.ended for text in texts)
+    print(f"{made:,} tokens, {speed}{ended} of {args.num_samples} ended by end-of-text", file=sys.stderr)
 
 
 def main(argv=None):

@@ -135,16 +135,19 @@ def whole(run):
 
 @pytest.fixture(scope="session")
 def start(data):
-    """A function that starts a toy run, like run(), in a process of its own: the fork of one that has torch."""
+    """A function that starts a toy run, like run(), in a process of its own: the fork of one that has torch.
+    It runs some code before it begins, and what it says goes to a .txt beside its checkpoint."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["gemma270m"])
 
-        def start(**given):
-            code = "import gemma270m, sys; sys.modules['matplotlib.figure'] = None; gemma270m.main(flags)"
-            given = flags(**{**TOY, "data_dir": data, **given})
-            process = context.Process(target=exec, args=(code, {"flags": given}))
+        def start(code="", **given):
+            given = {**TOY, "data_dir": data, **given}
+            code = ("import gemma270m, os, sys, time; sys.modules['matplotlib.figure'] = None\n"
+                    f"sys.stdout = open(out + '.txt', 'w')\n{code}\ngemma270m.main(flags)")
+            names = {"flags": flags(**given), "out": str(given["out"])}
+            process = context.Process(target=exec, args=(code, names))
             process.start()
             return process
         yield start
@@ -661,13 +664,87 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(save, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("share", (0, 0.01, 0.5, 0.9, 0.999))
-def test_a_cut_checkpoint_raises_value_error(whole, tmp_path, share):
-    torch.save(whole, tmp_path / "out.pt")
-    assert load_checkpoint(tmp_path / "out.pt")["model_config"] == GemmaConfig(**SHAPE)
-    os.truncate(tmp_path / "out.pt", int((tmp_path / "out.pt").stat().st_size * share))
-    with pytest.raises(ValueError, match="out.pt"):
-        load_checkpoint(tmp_path / "out.pt")
+@st.composite
+def damages(draw):
+    """A function that cuts bytes short or changes some of them."""
+    place, length = draw(st.floats(0, 1, exclude_max=True)), draw(st.integers(1, 40))
+    kind, mask = draw(st.sampled_from(("cut", "erase", "flip"))), draw(st.integers(1, 255))
+
+    def damage(content):
+        i = int(place * len(content))
+        middle = {"cut": b"", "erase": bytes(length), "flip": bytes([content[i] ^ mask])}[kind]
+        return content[:i] + middle + (b"" if kind == "cut" else content[i + len(middle):])
+    return damage
+
+
+@pytest.mark.parametrize("name", ("meta.json", "train.bin", "val.bin"))
+@given(damage=damages())
+def test_damaged_data_are_as_written_or_refused_in_one_line(data, tmp_path_factory, name, damage):
+    folder = shutil.copytree(data, tmp_path_factory.mktemp("damaged"), dirs_exist_ok=True)
+    (folder / name).write_bytes(damage((data / name).read_bytes()))
+    try:
+        got, expected = load_data(folder), load_data(data)
+    except ValueError as error:
+        assert re.fullmatch(rf"no usable data in {folder} \(.+\): run python prepare.py", str(error))
+    else:
+        assert got[2] == expected[2]
+        assert all(map(np.array_equal, got[:2], expected[:2]))
+
+
+@given(damage=damages())
+def test_a_damaged_checkpoint_is_as_written_or_refused_in_one_line(whole, tmp_path_factory, damage):
+    out = tmp_path_factory.mktemp("damaged") / "out.pt"
+    torch.save(whole, out)
+    expected = load_checkpoint(out)
+    out.write_bytes(damage(out.read_bytes()))
+    try:
+        got = load_checkpoint(out)
+    except ValueError as error:
+        assert re.fullmatch(rf"{out} cannot be loaded as a checkpoint: .+", str(error))
+    else:
+        assert_equal(*([state.pop(part) for part in ("model", "optimizer")] for state in (got, expected)))
+        assert got == expected
+
+
+def without(name):
+    return lambda state: state.pop(name)
+
+
+def with_weight(change):
+    def damage(state):
+        state["model"]["norm.weight"] = change(state["model"]["norm.weight"])
+    return damage
+
+
+UNUSABLE = {  # what can be wrong with a whole file
+    **{f"no {name}": without(name) for name in ("model", "model_config", "train_config", "data", "iteration",
+                                                "rows", "recent", "optimizer", "scaler")},
+    "a longer weight": with_weight(lambda weight: torch.cat((weight, weight))),
+    "no tensor": with_weight(lambda weight: weight.tolist()),
+    "nan": with_weight(lambda weight: weight * math.nan), "inf": with_weight(lambda weight: weight + math.inf),
+    "a weight less": lambda state: state["model"].popitem(),
+    "a weight more": lambda state: state["model"].update(more=torch.zeros(1)),
+    "another shape": lambda state: state["model_config"].update(emb_dim=32),
+    "no such field": lambda state: state["model_config"].update(emb_dims=32),
+    "no such value": lambda state: state["train_config"].update(lr=-1),
+    "no tokenizer": lambda state: state["data"].pop("tokenizer"),
+}
+
+
+@pytest.mark.parametrize("damage", UNUSABLE.values(), ids=UNUSABLE)
+def test_a_checkpoint_with_a_part_that_does_not_fit_is_refused_in_one_line(whole, data, tmp_path, capsys,
+                                                                           damage):
+    state, out = copy.deepcopy(whole), tmp_path / "out.pt"
+    damage(state)
+    save_checkpoint(out, state)
+    before = out.read_bytes()
+    with pytest.raises(SystemExit) as stopped:
+        main(flags(resume=True, out=out, data_dir=data))
+    assert stopped.value.code == 2 and out.read_bytes() == before
+    assert re.fullmatch(rf"gemma270m\.py: error: .*{out} .+\n", capsys.readouterr().err)
+    with contextlib.suppress(SystemExit):  # which may do without what only training needs
+        sample.main(flags(ckpt=out, max_new_tokens=9))
+    assert re.fullmatch(rf"sample\.py: error: {out} .+\n|\d tokens, .+\n", capsys.readouterr().err)
 
 
 # ---- training ----------------------------------------------------------------------------------------
@@ -703,7 +780,7 @@ def test_a_stopped_run_resumes_bit_for_bit(run, tmp_path_factory, stops):
 
 def test_kill_9_at_any_moment_loses_nothing(run, start, tmp_path):
     kills, out, chance = settings().max_examples // 4, tmp_path / "out.pt", random.Random(0)
-    temporary, given = tmp_path / "out.pt.tmp", dict(max_iters=60 * kills, eval_interval=2)
+    temporary, given = tmp_path / "out.pt.tmp", dict(max_iters=30 * kills, eval_interval=2)
 
     def seen(path):
         return path.stat().st_mtime_ns if path.exists() else None
@@ -764,6 +841,35 @@ def test_a_run_whose_saves_fail_says_so_and_goes_on_but_the_last_must_succeed(ru
         assert re.fullmatch(rf"gemma270m.py: error: {out} cannot be written: .+\n", output.err)
         assert load_checkpoint(out)["iteration"] == 0
     assert {path.name for path in tmp_path.iterdir()} == {"out.pt", "out.csv"}
+
+
+def wait_for(path):
+    while not path.exists():
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_a_signal_ends_a_run_in_the_middle_of_a_step_with_one_line_and_status_0(start, tmp_path, number):
+    process = start(out=tmp_path / "out.pt", grad_accum=10 ** 6, max_iters=10 ** 6)
+    wait_for(tmp_path / "out.pt")
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 0 and load_checkpoint(tmp_path / "out.pt")["iteration"] == 0
+    last_line = (tmp_path / "out.pt.txt").read_text().splitlines()[-1]
+    assert re.fullmatch(r"stopped at iteration 0; \S+/out\.pt is up to date, --resume goes on .*", last_line)
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_a_second_signal_ends_a_run_at_once(start, tmp_path, number):
+    process = start("gemma270m.learning_rate = lambda *given: open(out + '.slow', 'w') and time.sleep(3600)",
+                    out=tmp_path / "out.pt")
+    wait_for(tmp_path / "out.pt.slow")
+    os.kill(process.pid, number)
+    process.join(1.1)  # a second one within a second may be torchrun's echo of the first
+    assert process.is_alive()
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == -number and load_checkpoint(tmp_path / "out.pt")["iteration"] == 0
 
 
 def test_resume_takes_settings_from_the_checkpoint_and_flags_override_them(whole, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import copy
 import csv
 import functools
 import gzip
+import io
 import itertools
 import json
 import lzma
@@ -22,6 +23,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -872,6 +874,60 @@ def test_a_second_signal_ends_a_run_at_once(start, tmp_path, number):
     assert process.exitcode == -number and load_checkpoint(tmp_path / "out.pt")["iteration"] == 0
 
 
+@pytest.mark.parametrize("dtype", ("float32", "float16"))
+@few
+@given(bad=st.sets(st.integers(0, 11), max_size=5), factor=st.sampled_from((math.inf, -math.inf, math.nan)))
+@example(bad={2, 5, 6}, factor=math.nan)
+def test_a_step_whose_gradient_is_not_finite_is_skipped_and_three_in_a_row_end_the_run(run, tmp_path_factory,
+                                                                                      dtype, bad, factor):
+    out, calls, plain_forward = tmp_path_factory.mktemp("bad") / "out.pt", itertools.count(), Gemma.forward
+
+    def forward(self, *args):
+        loss = plain_forward(self, *args)
+        return loss * factor if torch.is_grad_enabled() and next(calls) in bad else loss
+
+    steps = {iteration // TOY["grad_accum"] for iteration in bad}
+    third = next((i for i in sorted(steps) if {i - 2, i - 1, i} <= steps), None)  # the third of three in a row
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(output):
+        patch.setattr(Gemma, "forward", forward)
+        patch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=16.0))
+        if dtype == "float16" or third is None:
+            state = run(out=out, dtype=dtype)
+            updates = state["optimizer"]["state"][0]["step"]
+            assert sum(column(state, "skipped")) == len(steps) == 6 - updates
+        else:
+            with pytest.raises(SystemExit) as stopped:
+                run(out=out, dtype=dtype)
+            iteration, lr = 2 * (third + 1), f"{learning_rate(load_checkpoint(out)['train_config'], third):.1e}"
+            assert stopped.value.code == 2
+            assert all(part in output.getvalue().splitlines()[-1] for part in (f"{iteration}", lr, str(out)))
+    assert all(math.isfinite(loss) for loss in column(load_checkpoint(out), "val_loss"))
+
+
+def test_weights_that_are_not_finite_are_not_saved(run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(out=tmp_path / "out.pt", lr=1e300, warmup_iters=0)
+    assert stopped.value.code == 2 and load_checkpoint(tmp_path / "out.pt")["iteration"] == 0
+    assert re.search(rf"iteration 4; {tmp_path / 'out.pt'} .+\n$", capsys.readouterr().err)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads memory and open files from /proc")
+def test_memory_and_open_files_stay_the_same_over_two_thousand_iterations(run, monkeypatch):
+    calls, used = itertools.count(), []
+
+    def measured_get_batch(*args):
+        if next(calls) % 500 == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            used.append((pages * resource.getpagesize(), len(os.listdir("/proc/self/fd"))))
+        return get_batch(*args)
+
+    monkeypatch.setattr(gemma270m, "get_batch", measured_get_batch)
+    run(max_iters=2_000, n_layers=1, batch_size=1, eval_interval=100, log_interval=100)
+    (memory, files), (later_memory, later_files) = used[1], used[-1]
+    assert len(used) >= 4 and later_files == files and later_memory - memory < 2 ** 22
+
+
 def test_resume_takes_settings_from_the_checkpoint_and_flags_override_them(whole, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_checkpoint("out.pt", whole)
@@ -921,10 +977,39 @@ def torchrun(**given):
     return [*command, gemma270m.__file__, *flags(**{**TOY, **given})]
 
 
-def test_two_processes_under_torchrun_equal_one(run, data, tmp_path):
-    given, out = dict(grad_accum=4, max_iters=16, lr=1e-3, checkpoint_activations=True), tmp_path / "two.pt"
-    subprocess.run(torchrun(data_dir=data, out=out, **given), check=True, timeout=120, env=ONE_THREAD)
-    assert_equal_to_rounding(torch.load(out, weights_only=True), run(**given))
+def test_a_run_of_any_number_of_processes_gives_the_same_and_resumes_with_another(run, start, tmp_path):
+    given = dict(grad_accum=4, max_iters=16, lr=1e-3, checkpoint_activations=True)
+
+    def together(world, **given):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+        environments = [{**address, "WORLD_SIZE": str(world), "RANK": str(rank)} for rank in range(world)]
+        processes = [start(f"os.environ.update({environment})", **given) for environment in environments]
+        for process in processes:
+            process.join(100)
+            assert process.exitcode == 0
+        return torch.load(given["out"], weights_only=True)
+
+    whole = run(**given)
+    for world in (2, 4):
+        assert_equal_to_rounding(together(world, out=tmp_path / f"{world}.pt", **given), whole)
+    given |= dict(resume=True, max_iters=32)
+    assert_equal_to_rounding(together(4, out=tmp_path / "2.pt", **given), run(out=tmp_path / "4.pt", **given))
+
+
+def test_a_killed_worker_ends_the_whole_run_with_a_usable_checkpoint(run, data, tmp_path):
+    out, given = tmp_path / "out.pt", dict(grad_accum=4, max_iters=10 ** 6, log_interval=4)
+    with subprocess.Popen(torchrun(data_dir=data, out=out, **given), stdout=subprocess.PIPE, text=True,
+                          stderr=subprocess.DEVNULL, env=ONE_THREAD) as process:
+        next(line for line in process.stdout if "iteration 40 " in line)
+        workers = subprocess.run(["pgrep", "-P", str(process.pid)], stdout=subprocess.PIPE, text=True).stdout
+        os.kill(int(workers.split()[-1]), signal.SIGKILL)
+        process.communicate(timeout=60)
+    assert process.returncode == 1
+    before = load_checkpoint(out)["iteration"]
+    assert before >= 36
+    assert run(out=out, resume=True, max_iters=before + 8)["iteration"] == before + 8
 
 
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
@@ -1216,7 +1301,6 @@ def test_cut_loses_nothing_and_bounds_the_pieces(text, size, keep):
        size=st.integers(1, 30), closed=st.booleans())
 @settings(max_examples=300)
 def test_markers_are_found_wherever_the_chunks_end(documents, size, closed):
-    import io
     text = END.join(documents) + (END if closed else "")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "PIECE", size)
@@ -1463,7 +1547,6 @@ def test_interruption_while_renaming_never_looks_finished(tmp_path, one, monkeyp
 
 def test_ctrl_c_on_the_command_line(tmp_path):
     """A real SIGINT in the middle of a long run: one line, status 130, an empty folder."""
-    import signal
     (tmp_path / "long.txt").write_text("some words " * 5_000_000)
     command = [sys.executable, ROOT / "prepare.py", "--input", *[tmp_path / "long.txt"] * 20,
                "--tokenizer", "bytes", "--out_dir", tmp_path / "data"]

@@ -30,9 +30,9 @@ def require(condition, message):
         raise ValueError(message)
 
 def require_positive(config, or_zero=()):
-    """Raises ValueError naming the first number of a config that is not positive and finite."""
+    """Raises ValueError naming the first number of a config that is not positive or beyond 2^63."""
     for name, value in vars(config).items():
-        fits = type(value) not in (int, float) or 0 < value < math.inf or value == 0 and name in or_zero
+        fits = type(value) not in (int, float) or 0 < value < 2 ** 63 or value == 0 and name in or_zero
         require(fits, f"{name} cannot be {value}")
 
 @dataclass

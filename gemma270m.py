@@ -709,7 +709,8 @@ def train(config, model_config, data, state=None):
 def settings(given):
     """The flags that were given -> what train takes; --bench goes without data. Raises ValueError."""
     out, preset = Path(given.get("out", TrainConfig.out)), given.get("preset", "auto")
-    require(not out.is_dir() and out.suffix not in (".csv", ".png"), f"out cannot be {out}")
+    fits = (out.is_file() or not out.exists()) and out.suffix not in (".csv", ".png")
+    require(fits, f"out cannot be {out}")  # a device such as /dev/null would be renamed away
     state, values = None, {}
     if given.get("resume"):
         state = load_checkpoint(out)

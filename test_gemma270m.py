@@ -719,8 +719,8 @@ def with_weight(change):
 
 
 UNUSABLE = {  # what can be wrong with a whole file
-    **{f"no {name}": without(name) for name in ("model", "model_config", "train_config", "data", "iteration",
-                                                "rows", "recent", "optimizer", "scaler")},
+    **{f"no {name}": without(name) for name in ("model", "model_config", "train_config", "data", "optimizer",
+                                                "scaler", "iteration", "rows", "recent")},
     "a longer weight": with_weight(lambda weight: torch.cat((weight, weight))),
     "no tensor": with_weight(lambda weight: weight.tolist()),
     "nan": with_weight(lambda weight: weight * math.nan), "inf": with_weight(lambda weight: weight + math.inf),
@@ -905,9 +905,10 @@ def test_a_step_whose_gradient_is_not_finite_is_skipped_and_three_in_a_row_end_t
     assert all(math.isfinite(loss) for loss in column(load_checkpoint(out), "val_loss"))
 
 
-def test_weights_that_are_not_finite_are_not_saved(run, tmp_path, capsys):
+def test_weights_that_are_not_finite_are_not_saved(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gemma270m, "learning_rate", lambda config, step: 1e300)
     with pytest.raises(SystemExit) as stopped:
-        run(out=tmp_path / "out.pt", lr=1e300, warmup_iters=0)
+        run(out=tmp_path / "out.pt")
     assert stopped.value.code == 2 and load_checkpoint(tmp_path / "out.pt")["iteration"] == 0
     assert re.search(rf"iteration 4; {tmp_path / 'out.pt'} .+\n$", capsys.readouterr().err)
 
@@ -1105,7 +1106,7 @@ def workplace(data, whole, tmp_path_factory):
     "--data_dir=nowhere", "--data_dir=cut", "--data_dir=large", "--block_size=40000", "--grad_accum=0",
     "--max_iters=1", "--no_such_flag=1", "--batch=2", "word", "--lr=nan", "--lr=fast", "--dtype=foo",
     "--device=foo", "--preset=foo", "--n_kv_groups=3", "--seed=-1", "--context_length=2000 --block_size=700",
-    "--out=no/folder/out.pt", "--out=data", "--out=o.csv", "--out=o.png", "--resume --out=nowhere.pt",
+    "--out=no/folder/out.pt", "--out=data", "--out=pipe", "--out=pipe --overwrite", "--out=o.csv", "--out=o.png", "--resume --out=nowhere.pt",
     "--resume --out=data/train.bin",
     "--resume --emb_dim=24", "--resume --preset=270m", "--resume --data_dir=large",
     "--resume --data_dir=other", "--resume --data_dir=cut", "--resume --block_size=40000",
@@ -1113,6 +1114,7 @@ def workplace(data, whole, tmp_path_factory):
 def test_a_mistake_gives_one_line_and_changes_no_file(wrong, workplace, monkeypatch, capsys, tmp_path):
     shutil.copytree(workplace, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit) as stopped:
         main([*([] if "--resume" in wrong else flags(**TOY)), *wrong.split()])

@@ -726,9 +726,10 @@ def settings(given):
         return kind(**{name: values[name] for name in kind.__dataclass_fields__ if name in values})
     config, data, world = build(TrainConfig), None, int(os.environ.get("WORLD_SIZE", 1))
     if not config.bench:
-        data = train_data, _, meta = load_data(config.data_dir)
+        data = train_data, val_data, meta = load_data(config.data_dir)
         values.setdefault("vocab_size", meta["vocab_size"])
         require(len(train_data) > config.block_size, f"block_size {config.block_size} exceeds the data")
+        require(len(val_data) > 1, f"data_dir: val.bin in {config.data_dir} holds a single token")
     model_config = build(GemmaConfig)
     fits = config.block_size <= model_config.context_length
     require(fits, f"block_size {config.block_size} exceeds the context, {model_config.context_length}")

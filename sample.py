@@ -53,6 +53,7 @@ def read_prompt(prompt):
 def sample(args):
     """Prints args.num_samples continuations of args.prompt. Raises ValueError for what cannot be done."""
     require(args.num_samples > 0, f"num_samples cannot be {args.num_samples}")
+    require(args.seed is None or abs(args.seed) < 2 ** 63, f"seed cannot be {args.seed}")
     require(args.max_new_tokens is None or args.max_new_tokens > 0, "max_new_tokens must be at least 1")
     prompt, device = read_prompt(args.prompt), pick_device(args.device)
     state = load_checkpoint(args.ckpt)

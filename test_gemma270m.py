@@ -422,7 +422,7 @@ def test_sampling_draws_from_the_smallest_nucleus_of_the_best_k(logits, temperat
 @pytest.mark.parametrize("wrong", (
     dict(temperature=-1), dict(temperature=math.nan), dict(temperature=math.inf), dict(top_k=0),
     dict(top_k=-3), dict(top_p=0), dict(top_p=1.1), dict(top_p=math.nan), dict(T=0), dict(T=65),
-    dict(T=60, n=5)), ids=str)
+    dict(T=60, n=5), dict(n=-1)), ids=str)
 def test_bad_sampling_arguments_raise_value_error(wrong):
     wrong = {"T": 3, "n": 2, **wrong}
     tokens = torch.zeros(1, wrong.pop("T"), dtype=torch.long)
@@ -433,6 +433,24 @@ def test_bad_sampling_arguments_raise_value_error(wrong):
 def test_generate_takes_its_sampling_arguments_by_position_too():
     tokens = torch.zeros(1, 3, dtype=torch.long)
     assert Gemma(GemmaConfig(**SHAPE)).generate(tokens, 2, 1.0, 5, 0.9).shape == (1, 5)
+
+
+def test_a_cache_refuses_more_tokens_than_it_has_room_for():
+    config = GemmaConfig(**SHAPE)
+    model, cache = Gemma(config), KVCache(config, 1, 9)
+    model(some_tokens(config, 1, 8), cache=cache)
+    with pytest.raises(ValueError, match="2 tokens"):
+        model(some_tokens(config, 1, 2), cache=cache)
+    model(some_tokens(config, 1, 1), cache=cache)
+    with pytest.raises(ValueError, match="1 token"):
+        model(some_tokens(config, 1, 1), cache=cache)
+
+
+@given(temperature=st.floats(0, 1e-3), top_k=st.none() | st.integers(1, 9),
+       top_p=st.none() | st.floats(0.1, 1))
+def test_a_temperature_near_zero_takes_the_likeliest_token(temperature, top_k, top_p):
+    logits = torch.tensor([[-90.0, 80.0, 79.0], [500.0, -300.0, 0.0]])
+    assert sample_token(logits, temperature, top_k, top_p).tolist() == [1, 0]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -621,6 +639,17 @@ def test_validation_is_the_same_for_any_batch_size_and_number_of_processes(lengt
         assert got == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
 
 
+def test_tokens_beyond_two_to_the_31_are_read_where_they_lie(tmp_path):
+    with open(tmp_path / "train.bin", "wb") as file:  # sparse
+        file.seek(2 ** 32)
+        np.arange(1, 514, dtype=np.uint16).tofile(file)
+    tokens = np.memmap(tmp_path / "train.bin", np.uint16, "r")
+    n_blocks = (len(tokens) - 1) // 512
+    assert np.array_equal(np.sort(gemma270m.block_order(n_blocks, 0, 3)), np.arange(2 ** 22 + 1))
+    x, y = get_batch(tokens, [0, n_blocks - 1], 512, torch.device("cpu"))
+    assert not x[0].any() and x[1].tolist() == list(range(1, 513)) and y[1].tolist() == list(range(2, 514))
+
+
 @pytest.mark.parametrize("name, content", (
     ("meta.json", None), ("train.bin", None), ("val.bin", None), ("val.bin", b""), ("val.bin", b"ab" * 51),
     ("train.bin", b"ab" * 99), ("train.bin", b"a" * 199), ("meta.json", b""), ("meta.json", b'{"dt'),
@@ -723,7 +752,8 @@ UNUSABLE = {  # what can be wrong with a whole file
                                                 "scaler", "iteration", "rows", "recent")},
     "a longer weight": with_weight(lambda weight: torch.cat((weight, weight))),
     "no tensor": with_weight(lambda weight: weight.tolist()),
-    "nan": with_weight(lambda weight: weight * math.nan), "inf": with_weight(lambda weight: weight + math.inf),
+    "nan": with_weight(lambda weight: weight * math.nan),
+    "inf": with_weight(lambda weight: weight + math.inf),
     "a weight less": lambda state: state["model"].popitem(),
     "a weight more": lambda state: state["model"].update(more=torch.zeros(1)),
     "another shape": lambda state: state["model_config"].update(emb_dim=32),
@@ -887,7 +917,7 @@ def test_a_step_whose_gradient_is_not_finite_is_skipped_and_three_in_a_row_end_t
         return loss * factor if torch.is_grad_enabled() and next(calls) in bad else loss
 
     steps = {iteration // TOY["grad_accum"] for iteration in bad}
-    third = next((i for i in sorted(steps) if {i - 2, i - 1, i} <= steps), None)  # the third of three in a row
+    third = next((i for i in sorted(steps) if {i - 2, i - 1, i} <= steps), None)  # of three in a row
     output = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(output):
         patch.setattr(Gemma, "forward", forward)
@@ -899,9 +929,10 @@ def test_a_step_whose_gradient_is_not_finite_is_skipped_and_three_in_a_row_end_t
         else:
             with pytest.raises(SystemExit) as stopped:
                 run(out=out, dtype=dtype)
-            iteration, lr = 2 * (third + 1), f"{learning_rate(load_checkpoint(out)['train_config'], third):.1e}"
+            rate = learning_rate(load_checkpoint(out)["train_config"], third)
+            line = output.getvalue().splitlines()[-1]
             assert stopped.value.code == 2
-            assert all(part in output.getvalue().splitlines()[-1] for part in (f"{iteration}", lr, str(out)))
+            assert all(part in line for part in (f"iteration {2 * (third + 1)},", f"lr {rate:.1e}", str(out)))
     assert all(math.isfinite(loss) for loss in column(load_checkpoint(out), "val_loss"))
 
 
@@ -1106,8 +1137,8 @@ def workplace(data, whole, tmp_path_factory):
     "--data_dir=nowhere", "--data_dir=cut", "--data_dir=large", "--block_size=40000", "--grad_accum=0",
     "--max_iters=1", "--no_such_flag=1", "--batch=2", "word", "--lr=nan", "--lr=fast", "--dtype=foo",
     "--device=foo", "--preset=foo", "--n_kv_groups=3", "--seed=-1", "--context_length=2000 --block_size=700",
-    "--out=no/folder/out.pt", "--out=data", "--out=pipe", "--out=pipe --overwrite", "--out=o.csv", "--out=o.png", "--resume --out=nowhere.pt",
-    "--resume --out=data/train.bin",
+    "--out=no/folder/out.pt", "--out=data", "--out=pipe", "--out=pipe --overwrite", "--out=o.csv",
+    "--out=o.png", "--resume --out=nowhere.pt", "--resume --out=data/train.bin",
     "--resume --emb_dim=24", "--resume --preset=270m", "--resume --data_dir=large",
     "--resume --data_dir=other", "--resume --data_dir=cut", "--resume --block_size=40000",
     "--resume --grad_accum=0"))
@@ -1121,6 +1152,56 @@ def test_a_mistake_gives_one_line_and_changes_no_file(wrong, workplace, monkeypa
     assert stopped.value.code not in (0, None)
     assert re.fullmatch(r"gemma270m\.py: error: .*\S.*\n", capsys.readouterr().err)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def refusal(program, argv):
+    """The one line that a program says before it ends with status 2."""
+    said = io.StringIO()
+    with pytest.raises(SystemExit) as stopped, contextlib.redirect_stderr(said):
+        program(argv)
+    assert stopped.value.code == 2 and re.fullmatch(r"\w+\.py: error: .*\S.*\n", said.getvalue())
+    return said.getvalue()
+
+
+WRONG = {  # what no field of a type takes
+    int: st.integers(max_value=-1) | st.integers(min_value=2 ** 63) | st.sampled_from(("1.5", "1e3", "nan")),
+    float: st.floats(max_value=-1e-9) | st.sampled_from((math.nan, math.inf, "", "1,5", "fast", "0x10")),
+    bool: st.sampled_from(("yes", "1", "")),
+    str: st.sampled_from(("nowhere", "CPU", "tiny ", "\u00e9", "None"))}
+
+
+@given(data=st.data())
+def test_any_wrong_flags_give_one_line_that_names_one_of_them_and_write_nothing(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("wrong")
+    kinds = {field.name: field.type for field in fields(TrainConfig) if field.name != "out"}
+    names = data.draw(st.lists(st.sampled_from(sorted(kinds)), min_size=1, max_size=4, unique=True))
+    wrong = {name: data.draw(WRONG[kinds[name]]) for name in names}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        line = refusal(main, flags(**{**TOY, "data_dir": folder, **wrong}))
+    assert any(name in line or f" {value} " in line for name, value in wrong.items())
+    assert not list(folder.iterdir())
+
+
+def test_a_second_run_in_the_same_folder_is_told_its_choices(run, whole, data, tmp_path):
+    out = tmp_path / "out.pt"
+    save_checkpoint(out, whole)
+    line = refusal(main, flags(**TOY, data_dir=data, out=out))
+    assert all(word in line for word in (f"{out} exists", "--resume", "--overwrite", "--out"))
+    assert load_checkpoint(out)["rows"] == whole["rows"]
+    assert run(out=out, overwrite=True)["rows"] != whole["rows"]  # another speed
+
+
+def test_micro_batches_that_processes_cannot_share_are_refused(data, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    line = refusal(main, flags(**{**TOY, "grad_accum": 4}, data_dir=data, out=tmp_path / "out.pt"))
+    assert "grad_accum 4" in line and "3 processes" in line
+
+
+def test_a_single_token_to_validate_on_is_refused(tmp_path):
+    data = write_data(tmp_path / "data", range(40), [1])
+    assert "val.bin" in refusal(main, flags(**TOY, data_dir=data, out=tmp_path / "out.pt"))
+    assert not (tmp_path / "out.pt").exists()
 
 
 def test_a_mistake_prints_one_line_in_a_process_of_its_own(tmp_path):
@@ -1409,8 +1490,25 @@ def test_a_single_document_is_split(tmp_path, tokenizer, length):
     encoding, meta = prepare.load_tokenizer(tokenizer), meta_of(tmp_path)
     train, val = tokens_of(tmp_path, "train"), tokens_of(tmp_path, "val")
     assert [*train, *val] == encoding.encode_ordinary(text) + [encoding.eot_token]
-    assert len(val) == max(1, (len(train) + len(val)) // 100)
+    assert len(val) == max(min(2, len(train) + len(val) - 1), (len(train) + len(val)) // 100)
     assert meta["train_stories"] == meta["val_stories"] == 1
+
+
+@few
+@given(content=st.binary(max_size=200) | texts.map(str.encode), name=st.sampled_from(
+    ("a.txt", "a.jsonl", "a.parquet", "a.txt.gz", "a.jsonl.xz")))
+def test_any_bytes_become_their_text_or_one_line(tmp_path_factory, content, name):
+    folder, said = tmp_path_factory.mktemp("any"), io.StringIO()
+    (folder / name).write_bytes(content)
+    with contextlib.redirect_stderr(said):
+        status = run_prepare(folder, "--input", folder / name, "--tokenizer", "bytes")
+    if status == 0:
+        written = b"".join(story for split in ("val", "train") for story in stories_of(folder, split))
+        assert name != "a.txt" or END.encode() in content or written == content
+        assert sorted(os.listdir(folder / "data")) == ["meta.json", "train.bin", "val.bin"]
+    else:
+        assert status == 1 and re.fullmatch(rf"prepare\.py: error: .*{name}.*\n", said.getvalue())
+        assert not (folder / "data").exists()
 
 
 def test_limit_leaves_val_input_alone(tmp_path):
@@ -1432,6 +1530,7 @@ FAILURES = {  # what is wrong with the input: (name, how to make it, words of th
     "folder": ("sub.txt", lambda folder: (folder / "sub.txt").mkdir(), ["sub.txt", "directory"]),
     "empty": ("a.txt", bad("a.txt", b""), ["a.txt", "no text"]),
     "white": ("a.txt", bad("a.txt", b" \n" + END.encode() + b"\n"), ["no text"]),
+    "markers": ("a.txt", bad("a.txt", END.encode() * 100_000), ["no text"]),
     "empty jsonl": ("a.jsonl", bad("a.jsonl", b"\n\n"), ["no text"]),
     "kind": ("a.pdf", bad("a.pdf", b"text"), ["a.pdf", ".jsonl"]),
     "latin-1": ("a.txt", bad("a.txt", b"caf\xe9 au lait"), ["a.txt", "UTF-8"]),
@@ -1721,13 +1820,14 @@ def test_several_samples_differ_and_repeat_with_their_seed(story_teller, capsys)
 
 @pytest.mark.parametrize("wrong", (
     "--ckpt=nowhere.pt", "--ckpt=.", "--temperature=-1", "--temperature=nan", "--top_p=0", "--top_p=1.5",
-    "--top_k=0", "--num_samples=0", "--max_new_tokens=0", "--prompt=FILE:nowhere", "--prompt=FILE:out.pt",
+    "--top_k=0", "--num_samples=0", "--max_new_tokens=0", "--max_new_tokens=-3", "--seed=1e30", "--top_k=1.5",
+    f"--seed={10 ** 30}", "--prompt=FILE:nowhere", "--prompt=FILE:out.pt",
     "--device=foo", "--dtype=foo", "--prom=a", f"--prompt={'a' * 64}"))
 def test_a_sampling_mistake_gives_one_line(wrong, story_teller, capsys):
     with pytest.raises(SystemExit) as stopped:
         sample.main([wrong])
     out, err = capsys.readouterr()
-    assert stopped.value.code in (1, 2)
+    assert stopped.value.code == 2 and not out
     assert re.fullmatch(r"sample\.py: error: .*\S.*\n", err)
 
 

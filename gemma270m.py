@@ -659,8 +659,8 @@ def train(config, model_config, data, state=None):
                 "iteration": step * accum, "rows": rows, "recent": recent, **trainer.state_dict()})
             write_log(config.out, rows)
         except OSError as error:
-            require(not needed, f"{config.out} cannot be written: {error}")
-            say(f"warning: the new {config.out} or its log cannot be written, the old one stays: {error}")
+            require(not needed, f"{config.out} or its log cannot be written: {error}")
+            say(f"warning: {config.out} or its log stays as it was, the new one cannot be written: {error}")
     def validate():
         loss = evaluate(trainer.model, val_data, config, trainer.autocast, rank, world)
         log(val_loss=loss, perplexity=math.exp(min(loss, 700)))

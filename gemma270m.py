@@ -762,6 +762,8 @@ def main(argv=None):
         train(config, model_config, data, state) if data else bench(config, model_config)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         parser.error(str(error).splitlines()[0])
+    except KeyboardInterrupt:  # before training has begun, and in --bench
+        parser.exit(130, "\n")
 
 if __name__ == "__main__":
     main()

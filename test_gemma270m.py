@@ -870,7 +870,7 @@ def test_a_run_whose_saves_fail_says_so_and_goes_on_but_the_last_must_succeed(ru
         undo[0]()
         output = capsys.readouterr()
         assert output.out.count("warning") == 2  # at iterations 4 and 8
-        assert re.fullmatch(rf"gemma270m.py: error: {out} cannot be written: .+\n", output.err)
+        assert re.fullmatch(rf"gemma270m.py: error: {out} .*cannot be written: .+\n", output.err)
         assert load_checkpoint(out)["iteration"] == 0
     assert {path.name for path in tmp_path.iterdir()} == {"out.pt", "out.csv"}
 
@@ -1009,6 +1009,12 @@ def torchrun(**given):
     return [*command, gemma270m.__file__, *flags(**{**TOY, **given})]
 
 
+def workers(process):
+    """The ids of the processes that torchrun has started."""
+    command = ["pgrep", "-P", str(process.pid), "-f", "gemma270m"]
+    return list(map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()))
+
+
 def test_a_run_of_any_number_of_processes_gives_the_same_and_resumes_with_another(run, start, tmp_path):
     given = dict(grad_accum=4, max_iters=16, lr=1e-3, checkpoint_activations=True)
 
@@ -1035,8 +1041,7 @@ def test_a_killed_worker_ends_the_whole_run_with_a_usable_checkpoint(run, data, 
     with subprocess.Popen(torchrun(data_dir=data, out=out, **given), stdout=subprocess.PIPE, text=True,
                           stderr=subprocess.DEVNULL, env=ONE_THREAD) as process:
         next(line for line in process.stdout if "iteration 40 " in line)
-        workers = subprocess.run(["pgrep", "-P", str(process.pid)], stdout=subprocess.PIPE, text=True).stdout
-        os.kill(int(workers.split()[-1]), signal.SIGKILL)
+        os.kill(workers(process)[-1], signal.SIGKILL)
         process.communicate(timeout=60)
     assert process.returncode == 1
     before = load_checkpoint(out)["iteration"]
@@ -1044,16 +1049,18 @@ def test_a_killed_worker_ends_the_whole_run_with_a_usable_checkpoint(run, data, 
     assert run(out=out, resume=True, max_iters=before + 8)["iteration"] == before + 8
 
 
-@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
-def test_two_processes_stop_together_and_save(data, tmp_path, number):
+@pytest.mark.parametrize("to, number", (("torchrun", signal.SIGINT), ("torchrun", signal.SIGTERM),
+                                        ("a worker", signal.SIGTERM)))
+def test_two_processes_stop_together_and_save(data, tmp_path, to, number):
     out = tmp_path / "two.pt"
     command = torchrun(data_dir=data, out=out, max_iters=10 ** 6, eval_interval=10 ** 6, log_interval=100)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ONE_THREAD)
-    next(line for line in process.stdout if "train loss" in line)
-    process.send_signal(number)
-    rest, _ = process.communicate(timeout=60)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ONE_THREAD) as process:
+        next(line for line in process.stdout if "train loss" in line)
+        os.kill(process.pid if to == "torchrun" else workers(process)[-1], number)
+        rest, _ = process.communicate(timeout=60)
     state = load_checkpoint(out)
     assert f"stopped at iteration {state['iteration']:,}" in rest and state["iteration"] >= 100
+    assert process.returncode == (1 if to == "torchrun" else 0)  # torchrun itself fails at any signal
 
 
 def test_processes_share_out_the_micro_batches_of_a_step(run, tmp_path, monkeypatch):
@@ -1181,6 +1188,13 @@ def test_any_wrong_flags_give_one_line_that_names_one_of_them_and_write_nothing(
         line = refusal(main, flags(**{**TOY, "data_dir": folder, **wrong}))
     assert any(name in line or f" {value} " in line for name, value in wrong.items())
     assert not list(folder.iterdir())
+
+
+def test_ctrl_c_before_training_ends_without_a_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(gemma270m, "load_data", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit) as stopped:
+        main(flags(**TOY))
+    assert stopped.value.code == 130 and capsys.readouterr().err == "\n"
 
 
 def test_a_second_run_in_the_same_folder_is_told_its_choices(run, whole, data, tmp_path):
@@ -1503,8 +1517,8 @@ def test_any_bytes_become_their_text_or_one_line(tmp_path_factory, content, name
     with contextlib.redirect_stderr(said):
         status = run_prepare(folder, "--input", folder / name, "--tokenizer", "bytes")
     if status == 0:
-        written = b"".join(story for split in ("val", "train") for story in stories_of(folder, split))
-        assert name != "a.txt" or END.encode() in content or written == content
+        tokens = [*tokens_of(folder, "train"), *tokens_of(folder, "val")]
+        assert name != "a.txt" or END.encode() in content or tokens == [*content, 256]
         assert sorted(os.listdir(folder / "data")) == ["meta.json", "train.bin", "val.bin"]
     else:
         assert status == 1 and re.fullmatch(rf"prepare\.py: error: .*{name}.*\n", said.getvalue())

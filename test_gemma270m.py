@@ -831,11 +831,16 @@ def test_kill_9_at_any_moment_loses_nothing(run, start, tmp_path):
     assert_same_run(run(out=out, resume=out.exists(), **given), run(**given))
 
 
-def full_disk(out):
-    """Lets files grow no further than a part of a checkpoint. -> what ends that"""
+def full_disk(out, room=0.5):
+    """Lets no file grow beyond a part of a checkpoint. -> what ends that"""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (out.stat().st_size // 2, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(room * out.stat().st_size), limits[1]))
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def fuller_disk(out):
+    """The same with so little room that torch.save fails with a RuntimeError."""
+    return full_disk(out, room=0.01)
 
 
 def no_place(out):
@@ -845,7 +850,7 @@ def no_place(out):
     return path.rmdir
 
 
-@pytest.mark.parametrize("sabotage", (full_disk, no_place))
+@pytest.mark.parametrize("sabotage", (full_disk, fuller_disk, no_place))
 @pytest.mark.parametrize("ends", (True, False))
 def test_a_run_whose_saves_fail_says_so_and_goes_on_but_the_last_must_succeed(run, whole, tmp_path, capsys,
                                                                               monkeypatch, sabotage, ends):

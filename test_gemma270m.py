@@ -880,15 +880,15 @@ def test_a_run_whose_saves_fail_says_so_and_goes_on_but_the_last_must_succeed(ru
     assert {path.name for path in tmp_path.iterdir()} == {"out.pt", "out.csv"}
 
 
-def wait_for(path):
-    while not path.exists():
+def wait_for(path, process):
+    while process.is_alive() and not path.exists():
         time.sleep(0.001)
 
 
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
 def test_a_signal_ends_a_run_in_the_middle_of_a_step_with_one_line_and_status_0(start, tmp_path, number):
     process = start(out=tmp_path / "out.pt", grad_accum=10 ** 6, max_iters=10 ** 6)
-    wait_for(tmp_path / "out.pt")
+    wait_for(tmp_path / "out.pt", process)
     os.kill(process.pid, number)
     process.join(60)
     assert process.exitcode == 0 and load_checkpoint(tmp_path / "out.pt")["iteration"] == 0
@@ -900,7 +900,7 @@ def test_a_signal_ends_a_run_in_the_middle_of_a_step_with_one_line_and_status_0(
 def test_a_second_signal_ends_a_run_at_once(start, tmp_path, number):
     process = start("gemma270m.learning_rate = lambda *given: open(out + '.slow', 'w') and time.sleep(3600)",
                     out=tmp_path / "out.pt")
-    wait_for(tmp_path / "out.pt.slow")
+    wait_for(tmp_path / "out.pt.slow", process)
     os.kill(process.pid, number)
     process.join(1.1)  # a second one within a second may be torchrun's echo of the first
     assert process.is_alive()

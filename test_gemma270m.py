@@ -1850,6 +1850,17 @@ def test_a_sampling_mistake_gives_one_line(wrong, story_teller, capsys):
     assert re.fullmatch(r"sample\.py: error: .*\S.*\n", err)
 
 
+@given(wrong=st.dictionaries(st.sampled_from(("num_samples", "max_new_tokens", "top_k")),
+                             st.integers(max_value=0) | st.sampled_from(("1.5", "nan", "")), max_size=2),
+       also=st.dictionaries(st.sampled_from(("temperature", "top_p")), WRONG[float], max_size=2),
+       last=st.dictionaries(st.sampled_from(("ckpt", "device", "dtype")), WRONG[str], max_size=2))
+def test_any_wrong_sampling_flags_give_one_line_that_names_one_of_them(workplace, wrong, also, last):
+    wrong = {**wrong, **also, **last}
+    assume(wrong)
+    line = refusal(sample.main, flags(**{"ckpt": workplace / "out.pt", **wrong}))
+    assert any(name in line or f"{value} " in line for name, value in wrong.items())
+
+
 # ---- README.md ---------------------------------------------------------------------------------------
 
 README = Path(gemma270m.__file__).with_name("README.md").read_text()

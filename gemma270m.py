@@ -507,7 +507,7 @@ def train(config, model, data, state=None):
     optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    step, rate, rows, skipped, signals = 0, 0.0, [], [], []
+    step, rate, rows, skipped, faults, signals = 0, 0.0, [], 0, 0, []
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})
@@ -554,7 +554,7 @@ def train(config, model, data, state=None):
             table = (",".join(str(row.get(name, "")) for name in names) for row in rows)
             Path(config.out).with_suffix(".csv").write_text("\n".join((",".join(names), *table, "")))
         except (OSError, RuntimeError) as error:  # torch.save hides the first in the second
-            Path(f"{config.out}.tmp").unlink(missing_ok=True)
+            os.remove(f"{config.out}.tmp") if os.path.isfile(f"{config.out}.tmp") else None
             why = f"{config.out} or its log cannot be written: {error.__context__ or error}"
             require(not needed, why)
             say(f"warning: {why}; training goes on")
@@ -593,15 +593,13 @@ def train(config, model, data, state=None):
             break
         rate = learning_rate(config, step)
         loss, norm = update(rate)
-        step += 1
-        skipped += [step] if not math.isfinite(norm) else []
-        bearable = 25 if scaler.is_enabled() else 3  # the scale of 2^16 may have to fall first
-        lost = skipped[-bearable:] == list(range(step - bearable + 1, step + 1))
-        require(not lost, f"no finite gradient in {bearable} steps up to iteration {step * accum:,}, "
-                f"lr {rate:.1e}; {config.out} is that of the last validation")
+        step, faults = step + 1, 0 if math.isfinite(norm) else faults + 1
+        skipped += faults > 0
+        require(faults < (25 if scaler.is_enabled() else 3), f"no finite gradient in {faults} steps up to "
+                f"iteration {step * accum:,}, lr {rate:.1e}; {config.out} is that of the last validation")
         if due(config.log_interval):
             speed = step_tokens / (time.perf_counter() - clock)
-            log(train_loss=loss, lr=rate, grad_norm=norm, skipped=len(skipped), tokens_per_second=speed)
+            log(train_loss=loss, lr=rate, grad_norm=norm, skipped=skipped, tokens_per_second=speed)
         if due(config.eval_interval):
             validate()
     bar.close()
@@ -617,16 +615,16 @@ def settings(given):
     out, preset = Path(given.get("out", TrainConfig.out)), given.pop("preset", "auto")
     require((out.is_file() or not out.exists()) and out.suffix != ".csv", f"out cannot be {out}")
     state = load_checkpoint(out) if given.get("resume") else None
+    device = pick_device(given.get("device", "auto"))
     if preset == "auto":
-        preset = "270m" if pick_device(given.get("device", "auto")).type == "cuda" else "tiny"
-        preset = state["train_config"].preset if state else preset
+        preset = state["train_config"].preset if state else "270m" if device.type == "cuda" else "tiny"
     old = {**vars(state["model_config"]), **vars(state["train_config"])} if state else PRESETS.get(preset, {})
     values = {**old, **given, "preset": preset, "out": str(out)}
     config, shape = (kind(**{name: values[name] for name in kind.__dataclass_fields__ if name in values})
                      for kind in (TrainConfig, GemmaConfig))
     fits = state or config.overwrite or config.bench or not out.exists()
     require(fits, f"{out} exists: --resume goes on with it, --overwrite starts anew, --out names another")
-    tokens = np.random.default_rng(0).integers(shape.vocab_size, size=2 ** 20 + config.block_size)
+    tokens = np.random.default_rng(0).integers(shape.vocab_size, size=2 ** 20)
     random = tokens, tokens, {"tokenizer": "random", "vocab_size": shape.vocab_size}
     data = tokens, _, meta = random if config.bench else load_data(config.data_dir)
     torch.manual_seed(config.seed)  # the same weights in every process
@@ -638,7 +636,7 @@ def settings(given):
     fits = config.grad_accum % world == 0 and (world == 1 or not config.bench)
     require(fits, f"grad_accum {config.grad_accum} is no multiple of {world} processes, or bench has several")
     same = not state or (model.config == state["model_config"] and preset == state["train_config"].preset
-                         and all(meta[key] == state["data"][key] for key in ("tokenizer", "vocab_size")))
+                         and all(meta[key] == state["data"].get(key) for key in ("tokenizer", "vocab_size")))
     require(same, f"resume: {out} has another model or vocabulary than these flags and data")
     return config, model, data, state
 
@@ -655,6 +653,8 @@ def main(argv=None):
         train(*settings(vars(parser.parse_args(argv))))
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         parser.error(str(error).splitlines()[0])
+    except KeyboardInterrupt:
+        parser.exit(130, "\n")
 
 if __name__ == "__main__":
     main()

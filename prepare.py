@@ -506,7 +506,8 @@ def split_single(train, val):
     val.file.seek(0)
     shutil.copyfileobj(val.file, train.file)
     width = train.file.tell() // val.tokens  # bytes a token
-    train.tokens, val.tokens = val.tokens - max(1, val.tokens // HELD_OUT), max(1, val.tokens // HELD_OUT)
+    share = max(min(2, val.tokens - 1), val.tokens // HELD_OUT)  # a single token has none to predict
+    train.tokens, val.tokens = val.tokens - share, share
     train.stories = 1
     val.file.seek(0)
     val.file.truncate()

@@ -53,12 +53,16 @@ def read_prompt(prompt):
 def sample(args):
     """Prints args.num_samples continuations of args.prompt. Raises ValueError for what cannot be done."""
     require(args.num_samples > 0, f"num_samples cannot be {args.num_samples}")
+    require(args.seed is None or abs(args.seed) < 2 ** 63, f"seed cannot be {args.seed}")
     require(args.max_new_tokens is None or args.max_new_tokens > 0, "max_new_tokens must be at least 1")
     prompt, device = read_prompt(args.prompt), pick_device(args.device)
     state = load_checkpoint(args.ckpt)
+    require({"tokenizer", "end_of_text"} <= state["data"].keys(), f"{args.ckpt} does not name its tokenizer")
     config, end = state["model_config"], state["data"]["end_of_text"]
     tokenizer = load_tokenizer(state["data"]["tokenizer"])
     start = [end, *tokenizer.encode_ordinary(prompt)]  # in training each document follows an end-of-text
+    fits = max(start) < config.vocab_size
+    require(fits, f"prompt: token {max(start)} is beyond the vocabulary of {config.vocab_size}")
     room = config.context_length - len(start)
     require(room > 0, f"prompt: {len(start)} tokens leave no room in a context of {config.context_length}")
     wanted = args.max_new_tokens or (1024 if tokenizer.name == "bytes" else 256)  # a story in either
@@ -87,9 +91,9 @@ def sample(args):
     seconds = time.perf_counter() - began
     shown = [text.finish() for text in texts]
     print(*shown if alone else (prompt + text.content for text in texts), sep="\n---------------\n")
-    speed, ended = (made - before) / seconds, sum(text.ended for text in texts)
-    print(f"{made:,} tokens, {speed:,.0f} tokens/s, {ended} of {args.num_samples} ended by end-of-text",
-          file=sys.stderr)
+    speed = f"{(made - before) / seconds:,.0f} tokens/s, " if made > before else ""  # none to time
+    ended = sum(text.ended for text in texts)
+    print(f"{made:,} tokens, {speed}{ended} of {args.num_samples} ended by end-of-text", file=sys.stderr)
 
 
 def main(argv=None):

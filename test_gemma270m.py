@@ -9,16 +9,21 @@ import copy
 import csv
 import functools
 import gzip
+import io
 import itertools
 import json
 import lzma
 import math
+import multiprocessing
 import os
 import pickle
+import random
 import re
+import resource
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -128,8 +133,35 @@ def whole(run):
     return run()
 
 
+@pytest.fixture(scope="session")
+def start(data):
+    """A function that starts a toy run, like run(), in a process of its own: the fork of one that has torch.
+    It runs some code before it begins, and what it says goes to a .txt beside its checkpoint."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["gemma270m"])
+
+        def start(code="", **given):
+            given = {**TOY, "data_dir": data, **given}
+            code = ("import gemma270m, os, sys, time\n"
+                    f"sys.stdout = open(out + '.txt', 'w')\n{code}\ngemma270m.main(flags)")
+            names = {"flags": flags(**given), "out": str(given["out"])}
+            process = context.Process(target=exec, args=(code, names))
+            process.start()
+            return process
+        yield start
+
+
 def column(state, name):
     return [row[name] for row in state["rows"] if name in row]
+
+
+def assert_same_run(got, expected):
+    for part in ("iteration", "model", "optimizer", "scaler"):
+        assert_equal(got[part], expected[part])
+    for name in ("iteration", "step", "train_loss", "val_loss", "perplexity", "lr", "grad_norm"):
+        assert column(got, name) == column(expected, name)
 
 
 class TensorsMade(TorchDispatchMode):
@@ -388,7 +420,7 @@ def test_sampling_draws_from_the_smallest_nucleus_of_the_best_k(logits, temperat
 @pytest.mark.parametrize("wrong", (
     dict(temperature=-1), dict(temperature=math.nan), dict(temperature=math.inf), dict(top_k=0),
     dict(top_k=-3), dict(top_p=0), dict(top_p=1.1), dict(top_p=math.nan), dict(T=0), dict(T=65),
-    dict(T=60, n=5)), ids=str)
+    dict(T=60, n=5), dict(n=-1)), ids=str)
 def test_bad_sampling_arguments_raise_value_error(wrong):
     wrong = {"T": 3, "n": 2, **wrong}
     tokens = torch.zeros(1, wrong.pop("T"), dtype=torch.long)
@@ -399,6 +431,13 @@ def test_bad_sampling_arguments_raise_value_error(wrong):
 def test_generate_takes_its_sampling_arguments_by_position_too():
     tokens = torch.zeros(1, 3, dtype=torch.long)
     assert Gemma(GemmaConfig(**SHAPE)).generate(tokens, 2, 1.0, 5, 0.9).shape == (1, 5)
+
+
+@given(temperature=st.floats(0, 1e-3), top_k=st.none() | st.integers(1, 9),
+       top_p=st.none() | st.floats(0.1, 1))
+def test_a_temperature_near_zero_takes_the_likeliest_token(temperature, top_k, top_p):
+    logits = torch.tensor([[-90.0, 80.0, 79.0], [500.0, -300.0, 0.0]])
+    assert sample_token(logits, temperature, top_k, top_p).tolist() == [1, 0]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -587,6 +626,17 @@ def test_validation_is_the_same_for_any_batch_size_and_number_of_processes(lengt
         assert got == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
 
 
+def test_tokens_beyond_two_to_the_31_are_read_where_they_lie(tmp_path):
+    with open(tmp_path / "train.bin", "wb") as file:  # sparse
+        file.seek(2 ** 32)
+        np.arange(1, 514, dtype=np.uint16).tofile(file)
+    tokens = np.memmap(tmp_path / "train.bin", np.uint16, "r")
+    n_blocks = (len(tokens) - 1) // 512
+    assert np.array_equal(np.sort(gemma270m.block_order(n_blocks, 0, 3)), np.arange(2 ** 22 + 1))
+    x, y = get_batch(tokens, [0, n_blocks - 1], 512, torch.device("cpu"))
+    assert not x[0].any() and x[1].tolist() == list(range(1, 513)) and y[1].tolist() == list(range(2, 514))
+
+
 @pytest.mark.parametrize("name, content", (
     ("meta.json", None), ("train.bin", None), ("val.bin", None), ("val.bin", b""), ("val.bin", b"ab" * 51),
     ("train.bin", b"ab" * 99), ("train.bin", b"a" * 199), ("meta.json", b""), ("meta.json", b'{"dt'),
@@ -632,13 +682,88 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(save, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("share", (0, 0.01, 0.5, 0.9, 0.999))
-def test_a_cut_checkpoint_raises_value_error(whole, tmp_path, share):
-    torch.save(whole, tmp_path / "out.pt")
-    assert load_checkpoint(tmp_path / "out.pt")["model_config"] == GemmaConfig(**SHAPE)
-    os.truncate(tmp_path / "out.pt", int((tmp_path / "out.pt").stat().st_size * share))
-    with pytest.raises(ValueError, match="out.pt"):
-        load_checkpoint(tmp_path / "out.pt")
+@st.composite
+def damages(draw):
+    """A function that cuts bytes short or changes some of them."""
+    place, length = draw(st.floats(0, 1, exclude_max=True)), draw(st.integers(1, 40))
+    kind, mask = draw(st.sampled_from(("cut", "erase", "flip"))), draw(st.integers(1, 255))
+
+    def damage(content):
+        i = int(place * len(content))
+        middle = {"cut": b"", "erase": bytes(length), "flip": bytes([content[i] ^ mask])}[kind]
+        return content[:i] + middle + (b"" if kind == "cut" else content[i + len(middle):])
+    return damage
+
+
+@pytest.mark.parametrize("name", ("meta.json", "train.bin", "val.bin"))
+@given(damage=damages())
+def test_damaged_data_are_as_written_or_refused_in_one_line(data, tmp_path_factory, name, damage):
+    folder = shutil.copytree(data, tmp_path_factory.mktemp("damaged"), dirs_exist_ok=True)
+    (folder / name).write_bytes(damage((data / name).read_bytes()))
+    try:
+        got, expected = load_data(folder), load_data(data)
+    except ValueError as error:
+        assert re.fullmatch(rf"no usable data in {folder} \(.+\): run python prepare.py", str(error))
+    else:
+        assert got[2] == expected[2]
+        assert all(map(np.array_equal, got[:2], expected[:2]))
+
+
+@given(damage=damages())
+def test_a_damaged_checkpoint_is_as_written_or_refused_in_one_line(whole, tmp_path_factory, damage):
+    out = tmp_path_factory.mktemp("damaged") / "out.pt"
+    torch.save(whole, out)
+    expected = load_checkpoint(out)
+    out.write_bytes(damage(out.read_bytes()))
+    try:
+        got = load_checkpoint(out)
+    except ValueError as error:
+        assert re.fullmatch(rf"{out} cannot be loaded as a checkpoint: .+", str(error))
+    else:
+        assert_equal(*([state.pop(part) for part in ("model", "optimizer")] for state in (got, expected)))
+        assert got == expected
+
+
+def without(name):
+    return lambda state: state.pop(name)
+
+
+def with_weight(change):
+    def damage(state):
+        state["model"]["norm.weight"] = change(state["model"]["norm.weight"])
+    return damage
+
+
+UNUSABLE = {  # what can be wrong with a whole file
+    **{f"no {name}": without(name) for name in ("model", "model_config", "train_config", "data", "optimizer",
+                                                "scaler", "iteration", "rows", "skipped")},
+    "a longer weight": with_weight(lambda weight: torch.cat((weight, weight))),
+    "no tensor": with_weight(lambda weight: weight.tolist()),
+    "nan": with_weight(lambda weight: weight * math.nan),
+    "inf": with_weight(lambda weight: weight + math.inf),
+    "a weight less": lambda state: state["model"].popitem(),
+    "a weight more": lambda state: state["model"].update(more=torch.zeros(1)),
+    "another shape": lambda state: state["model_config"].update(emb_dim=32),
+    "no such field": lambda state: state["model_config"].update(emb_dims=32),
+    "no such value": lambda state: state["train_config"].update(lr=-1),
+    "no tokenizer": lambda state: state["data"].pop("tokenizer"),
+}
+
+
+@pytest.mark.parametrize("damage", UNUSABLE.values(), ids=UNUSABLE)
+def test_a_checkpoint_with_a_part_that_does_not_fit_is_refused_in_one_line(whole, data, tmp_path, capsys,
+                                                                           damage):
+    state, out = copy.deepcopy(whole), tmp_path / "out.pt"
+    damage(state)
+    save_checkpoint(out, state)
+    before = out.read_bytes()
+    with pytest.raises(SystemExit) as stopped:
+        main(flags(resume=True, out=out, data_dir=data))
+    assert stopped.value.code == 2 and out.read_bytes() == before
+    assert re.fullmatch(rf"gemma270m\.py: error: .*{out} .+\n", capsys.readouterr().err)
+    with contextlib.suppress(SystemExit):  # which may do without what only training needs
+        sample.main(flags(ckpt=out, max_new_tokens=9))
+    assert re.fullmatch(rf"sample\.py: error: {out} .+\n|\d tokens, .+\n", capsys.readouterr().err)
 
 
 # ---- training ----------------------------------------------------------------------------------------
@@ -669,10 +794,162 @@ def test_a_stopped_run_resumes_bit_for_bit(run, tmp_path_factory, stops):
             run(out=out, log_interval=8, **{"resume": True} if leg else {})
     resumed, whole = run(out=out, log_interval=8, resume=True), run(log_interval=8)
     assert signal.getsignal(signal.SIGINT) is handler
-    for part in ("iteration", "model", "optimizer", "scaler"):
-        assert_equal(resumed[part], whole[part])
-    for name in ("iteration", "step", "train_loss", "val_loss", "perplexity", "lr", "grad_norm"):
-        assert column(resumed, name) == column(whole, name)
+    assert_same_run(resumed, whole)
+
+
+def test_kill_9_at_any_moment_loses_nothing(run, start, tmp_path):
+    kills, out, chance = settings().max_examples // 4, tmp_path / "out.pt", random.Random(0)
+    temporary, given = tmp_path / "out.pt.tmp", dict(max_iters=30 * kills, eval_interval=2)
+
+    def seen(path):
+        return path.stat().st_mtime_ns if path.exists() else None
+
+    for _ in range(kills):
+        process, event = start(out=out, resume=out.exists(), **given), chance.choice((out, temporary))
+        before = seen(event)
+        while process.is_alive() and seen(event) == before:
+            pass
+        process.join(chance.uniform(0, 0.02))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        if out.exists():
+            load_checkpoint(out)
+    assert_same_run(run(out=out, resume=out.exists(), **given), run(**given))
+
+
+def full_disk(out, room=0.5):
+    """Lets no file grow beyond a part of a checkpoint. -> what ends that"""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(room * out.stat().st_size), limits[1]))
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def fuller_disk(out):
+    """The same with so little room that torch.save fails with a RuntimeError."""
+    return full_disk(out, room=0.01)
+
+
+def no_place(out):
+    """Takes the place where the new checkpoint would be written. -> what frees it"""
+    path = Path(f"{out}.tmp")
+    path.mkdir()
+    return path.rmdir
+
+
+@pytest.mark.parametrize("sabotage", (full_disk, fuller_disk, no_place))
+@pytest.mark.parametrize("ends", (True, False))
+def test_a_run_whose_saves_fail_says_so_and_goes_on_but_the_last_must_succeed(run, whole, tmp_path, capsys,
+                                                                              monkeypatch, sabotage, ends):
+    out, undo, seen = tmp_path / "out.pt", [], []
+
+    def get_batch_and_sabotage(*args):
+        if out.exists() and not undo:
+            undo.append(sabotage(out))
+        if ends and "warning" in (text := capsys.readouterr().out):
+            seen.append((text, torch.load(out)["iteration"]))
+            undo[0]()
+        return get_batch(*args)
+
+    monkeypatch.setattr(gemma270m, "get_batch", get_batch_and_sabotage)
+    if ends:
+        assert_same_run(run(out=out), whole)
+        (text, iteration), = seen
+        assert iteration == 0 and text.count("warning") == 1 and str(out) in text
+    else:
+        with pytest.raises(SystemExit):
+            run(out=out)
+        undo[0]()
+        output = capsys.readouterr()
+        assert output.out.count("warning") == 2  # at iterations 4 and 8
+        assert re.fullmatch(rf"gemma270m.py: error: {out} .*cannot be written: .+\n", output.err)
+        assert load_checkpoint(out)["iteration"] == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"out.pt", "out.csv"}
+
+
+def wait_for(path, process):
+    while process.is_alive() and not path.exists():
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_a_signal_ends_a_run_in_the_middle_of_a_step_with_one_line_and_status_0(start, tmp_path, number):
+    process = start(out=tmp_path / "out.pt", grad_accum=10 ** 6, max_iters=10 ** 6)
+    wait_for(tmp_path / "out.pt", process)
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 0 and load_checkpoint(tmp_path / "out.pt")["iteration"] == 0
+    last_line = (tmp_path / "out.pt.txt").read_text().splitlines()[-1]
+    assert re.fullmatch(r"stopped at iteration 0; \S+/out\.pt is up to date, --resume goes on .*", last_line)
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_a_second_signal_ends_a_run_at_once(start, tmp_path, number):
+    process = start("gemma270m.learning_rate = lambda *given: open(out + '.slow', 'w') and time.sleep(3600)",
+                    out=tmp_path / "out.pt")
+    wait_for(tmp_path / "out.pt.slow", process)
+    os.kill(process.pid, number)
+    process.join(1.1)  # a second one within a second may be torchrun's echo of the first
+    assert process.is_alive()
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == -number and load_checkpoint(tmp_path / "out.pt")["iteration"] == 0
+
+
+@pytest.mark.parametrize("dtype", ("float32", "float16"))
+@few
+@given(bad=st.sets(st.integers(0, 11), max_size=5), factor=st.sampled_from((math.inf, -math.inf, math.nan)))
+@example(bad={2, 5, 6}, factor=math.nan)
+def test_a_step_whose_gradient_is_not_finite_is_skipped_and_three_in_a_row_end_the_run(run, tmp_path_factory,
+                                                                                      dtype, bad, factor):
+    out, calls, plain_forward = tmp_path_factory.mktemp("bad") / "out.pt", itertools.count(), Gemma.forward
+
+    def forward(self, *args):
+        loss = plain_forward(self, *args)
+        return loss * factor if torch.is_grad_enabled() and next(calls) in bad else loss
+
+    steps = {iteration // TOY["grad_accum"] for iteration in bad}
+    third = next((i for i in sorted(steps) if {i - 2, i - 1, i} <= steps), None)  # of three in a row
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(output):
+        patch.setattr(Gemma, "forward", forward)
+        patch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=16.0))
+        if dtype == "float16" or third is None:
+            state = run(out=out, dtype=dtype)
+            updates = state["optimizer"]["state"][0]["step"]
+            assert column(state, "skipped")[-1] == len(steps) == 6 - updates
+        else:
+            with pytest.raises(SystemExit) as stopped:
+                run(out=out, dtype=dtype)
+            rate = learning_rate(load_checkpoint(out)["train_config"], third)
+            line = output.getvalue().splitlines()[-1]
+            assert stopped.value.code == 2
+            assert all(part in line for part in (f"iteration {2 * (third + 1)},", f"lr {rate:.1e}", str(out)))
+    assert all(math.isfinite(loss) for loss in column(load_checkpoint(out), "val_loss"))
+
+
+def test_weights_that_are_not_finite_are_not_saved(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gemma270m, "learning_rate", lambda config, step: 1e300)
+    with pytest.raises(SystemExit) as stopped:
+        run(out=tmp_path / "out.pt")
+    assert stopped.value.code == 2 and load_checkpoint(tmp_path / "out.pt")["iteration"] == 0
+    assert re.search(rf"iteration 4, lr 1.0e\+300; {tmp_path / 'out.pt'} .+\n$", capsys.readouterr().err)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads memory and open files from /proc")
+def test_memory_and_open_files_stay_the_same_over_two_thousand_iterations(run, monkeypatch):
+    calls, used = itertools.count(), []
+
+    def measured_get_batch(*args):
+        if next(calls) % 500 == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            used.append((pages * resource.getpagesize(), len(os.listdir("/proc/self/fd"))))
+        return get_batch(*args)
+
+    monkeypatch.setattr(gemma270m, "get_batch", measured_get_batch)
+    run(max_iters=2_000, n_layers=1, batch_size=1, eval_interval=100, log_interval=100)
+    (memory, files), (later_memory, later_files) = used[1], used[-1]
+    assert len(used) >= 4 and later_files == files and later_memory - memory < 2 ** 22
 
 
 def test_resume_takes_settings_from_the_checkpoint_and_flags_override_them(whole, tmp_path, monkeypatch):
@@ -723,22 +1000,58 @@ def torchrun(**given):
     return [*command, gemma270m.__file__, *flags(**{**TOY, **given})]
 
 
-def test_two_processes_under_torchrun_equal_one(run, data, tmp_path):
-    given, out = dict(grad_accum=4, max_iters=16, lr=1e-3, checkpoint_activations=True), tmp_path / "two.pt"
-    subprocess.run(torchrun(data_dir=data, out=out, **given), check=True, timeout=120, env=ONE_THREAD)
-    assert_equal_to_rounding(torch.load(out, weights_only=True), run(**given))
+def workers(process):
+    """The ids of the processes that torchrun has started."""
+    command = ["pgrep", "-P", str(process.pid), "-f", "gemma270m"]
+    return list(map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()))
 
 
-@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
-def test_two_processes_stop_together_and_save(data, tmp_path, number):
+def test_a_run_of_any_number_of_processes_gives_the_same_and_resumes_with_another(run, start, tmp_path):
+    given = dict(grad_accum=4, max_iters=16, lr=1e-3, checkpoint_activations=True)
+
+    def together(world, **given):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+        environments = [{**address, "WORLD_SIZE": str(world), "RANK": str(rank)} for rank in range(world)]
+        processes = [start(f"os.environ.update({environment})", **given) for environment in environments]
+        for process in processes:
+            process.join(100)
+            assert process.exitcode == 0
+        return torch.load(given["out"], weights_only=True)
+
+    whole = run(**given)
+    for world in (2, 4):
+        assert_equal_to_rounding(together(world, out=tmp_path / f"{world}.pt", **given), whole)
+    given |= dict(resume=True, max_iters=32)
+    assert_equal_to_rounding(together(4, out=tmp_path / "2.pt", **given), run(out=tmp_path / "4.pt", **given))
+
+
+def test_a_killed_worker_ends_the_whole_run_with_a_usable_checkpoint(run, data, tmp_path):
+    out, given = tmp_path / "out.pt", dict(grad_accum=4, max_iters=10 ** 6, log_interval=4)
+    with subprocess.Popen(torchrun(data_dir=data, out=out, **given), stdout=subprocess.PIPE, text=True,
+                          stderr=subprocess.DEVNULL, env=ONE_THREAD) as process:
+        next(line for line in process.stdout if "iteration 40 " in line)
+        os.kill(workers(process)[-1], signal.SIGKILL)
+        process.communicate(timeout=60)
+    assert process.returncode == 1
+    before = load_checkpoint(out)["iteration"]
+    assert before >= 36
+    assert run(out=out, resume=True, max_iters=before + 8)["iteration"] == before + 8
+
+
+@pytest.mark.parametrize("to, number", (("torchrun", signal.SIGINT), ("torchrun", signal.SIGTERM),
+                                        ("a worker", signal.SIGTERM)))
+def test_two_processes_stop_together_and_save(data, tmp_path, to, number):
     out = tmp_path / "two.pt"
     command = torchrun(data_dir=data, out=out, max_iters=10 ** 6, eval_interval=10 ** 6, log_interval=100)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ONE_THREAD)
-    next(line for line in process.stdout if "train loss" in line)
-    process.send_signal(number)
-    rest, _ = process.communicate(timeout=60)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ONE_THREAD) as process:
+        next(line for line in process.stdout if "train loss" in line)
+        os.kill(process.pid if to == "torchrun" else workers(process)[-1], number)
+        rest, _ = process.communicate(timeout=60)
     state = load_checkpoint(out)
     assert f"stopped at iteration {state['iteration']:,}" in rest and state["iteration"] >= 100
+    assert process.returncode == (1 if to == "torchrun" else 0)  # torchrun itself fails at any signal
 
 
 def test_processes_share_out_the_micro_batches_of_a_step(run, tmp_path, monkeypatch):
@@ -822,20 +1135,78 @@ def workplace(data, whole, tmp_path_factory):
     "--data_dir=nowhere", "--data_dir=cut", "--data_dir=large", "--block_size=40000", "--grad_accum=0",
     "--max_iters=1", "--no_such_flag=1", "--batch=2", "word", "--lr=nan", "--lr=fast", "--dtype=foo",
     "--device=foo", "--preset=foo", "--n_kv_groups=3", "--seed=-1", "--context_length=2000 --block_size=700",
-    "--out=no/folder/out.pt", "--out=data", "--out=o.csv", "--out=out.pt", "--resume --out=nowhere.pt",
-    "--resume --out=data/train.bin",
+    "--out=no/folder/out.pt", "--out=data", "--out=pipe", "--out=pipe --overwrite", "--out=o.csv",
+    "--out=out.pt", "--resume --out=nowhere.pt", "--resume --out=data/train.bin",
     "--resume --emb_dim=24", "--resume --preset=270m", "--resume --data_dir=large",
     "--resume --data_dir=other", "--resume --data_dir=cut", "--resume --block_size=40000",
     "--resume --grad_accum=0"))
 def test_a_mistake_gives_one_line_and_changes_no_file(wrong, workplace, monkeypatch, capsys, tmp_path):
     shutil.copytree(workplace, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit) as stopped:
         main([*([] if "--resume" in wrong else flags(**TOY)), *wrong.split()])
     assert stopped.value.code not in (0, None)
     assert re.fullmatch(r"gemma270m\.py: error: .*\S.*\n", capsys.readouterr().err)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def refusal(program, argv):
+    """The one line that a program says before it ends with status 2."""
+    said = io.StringIO()
+    with pytest.raises(SystemExit) as stopped, contextlib.redirect_stderr(said):
+        program(argv)
+    assert stopped.value.code == 2 and re.fullmatch(r"\w+\.py: error: .*\S.*\n", said.getvalue())
+    return said.getvalue()
+
+
+WRONG = {  # what no field of a type takes
+    int: st.integers(max_value=-1) | st.integers(min_value=2 ** 63) | st.sampled_from(("1.5", "1e3", "nan")),
+    float: st.floats(max_value=-1e-9) | st.sampled_from((math.nan, math.inf, "", "1,5", "fast", "0x10")),
+    bool: st.sampled_from(("yes", "1", "")),
+    str: st.sampled_from(("nowhere", "CPU", "tiny ", "\u00e9", "None"))}
+
+
+@given(data=st.data())
+def test_any_wrong_flags_give_one_line_that_names_one_of_them_and_write_nothing(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("wrong")
+    kinds = {field.name: field.type for field in fields(TrainConfig) if field.name != "out"}
+    names = data.draw(st.lists(st.sampled_from(sorted(kinds)), min_size=1, max_size=4, unique=True))
+    wrong = {name: data.draw(WRONG[kinds[name]]) for name in names}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        line = refusal(main, flags(**{**TOY, "data_dir": folder, **wrong}))
+    assert any(name in line or f" {value} " in line for name, value in wrong.items())
+    assert not list(folder.iterdir())
+
+
+def test_ctrl_c_before_training_ends_without_a_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(gemma270m, "load_data", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit) as stopped:
+        main(flags(**TOY))
+    assert stopped.value.code == 130 and capsys.readouterr().err == "\n"
+
+
+def test_a_second_run_in_the_same_folder_is_told_its_choices(run, whole, data, tmp_path):
+    out = tmp_path / "out.pt"
+    save_checkpoint(out, whole)
+    line = refusal(main, flags(**TOY, data_dir=data, out=out))
+    assert all(word in line for word in (f"{out} exists", "--resume", "--overwrite", "--out"))
+    assert load_checkpoint(out)["rows"] == whole["rows"]
+    assert run(out=out, overwrite=True)["rows"] != whole["rows"]  # another speed
+
+
+def test_micro_batches_that_processes_cannot_share_are_refused(data, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    line = refusal(main, flags(**{**TOY, "grad_accum": 4}, data_dir=data, out=tmp_path / "out.pt"))
+    assert "grad_accum 4" in line and "3 processes" in line
+
+
+def test_a_single_token_to_validate_on_is_refused(tmp_path):
+    data = write_data(tmp_path / "data", range(40), [1])
+    assert "val.bin" in refusal(main, flags(**TOY, data_dir=data, out=tmp_path / "out.pt"))
+    assert not (tmp_path / "out.pt").exists()
 
 
 def test_a_mistake_prints_one_line_in_a_process_of_its_own(tmp_path):
@@ -1017,7 +1388,6 @@ def test_cut_loses_nothing_and_bounds_the_pieces(text, size, keep):
        size=st.integers(1, 30), closed=st.booleans())
 @settings(max_examples=300)
 def test_markers_are_found_wherever_the_chunks_end(documents, size, closed):
-    import io
     text = END.join(documents) + (END if closed else "")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "PIECE", size)
@@ -1124,8 +1494,25 @@ def test_a_single_document_is_split(tmp_path, tokenizer, length):
     encoding, meta = prepare.load_tokenizer(tokenizer), meta_of(tmp_path)
     train, val = tokens_of(tmp_path, "train"), tokens_of(tmp_path, "val")
     assert [*train, *val] == encoding.encode_ordinary(text) + [encoding.eot_token]
-    assert len(val) == max(1, (len(train) + len(val)) // 100)
+    assert len(val) == max(min(2, len(train) + len(val) - 1), (len(train) + len(val)) // 100)
     assert meta["train_stories"] == meta["val_stories"] == 1
+
+
+@few
+@given(content=st.binary(max_size=200) | texts.map(str.encode), name=st.sampled_from(
+    ("a.txt", "a.jsonl", "a.parquet", "a.txt.gz", "a.jsonl.xz")))
+def test_any_bytes_become_their_text_or_one_line(tmp_path_factory, content, name):
+    folder, said = tmp_path_factory.mktemp("any"), io.StringIO()
+    (folder / name).write_bytes(content)
+    with contextlib.redirect_stderr(said):
+        status = run_prepare(folder, "--input", folder / name, "--tokenizer", "bytes")
+    if status == 0:
+        tokens = [*tokens_of(folder, "train"), *tokens_of(folder, "val")]
+        assert name != "a.txt" or END.encode() in content or tokens == [*content, 256]
+        assert sorted(os.listdir(folder / "data")) == ["meta.json", "train.bin", "val.bin"]
+    else:
+        assert status == 1 and re.fullmatch(rf"prepare\.py: error: .*{name}.*\n", said.getvalue())
+        assert not (folder / "data").exists()
 
 
 def test_limit_leaves_val_input_alone(tmp_path):
@@ -1147,6 +1534,7 @@ FAILURES = {  # what is wrong with the input: (name, how to make it, words of th
     "folder": ("sub.txt", lambda folder: (folder / "sub.txt").mkdir(), ["sub.txt", "directory"]),
     "empty": ("a.txt", bad("a.txt", b""), ["a.txt", "no text"]),
     "white": ("a.txt", bad("a.txt", b" \n" + END.encode() + b"\n"), ["no text"]),
+    "markers": ("a.txt", bad("a.txt", END.encode() * 100_000), ["no text"]),
     "empty jsonl": ("a.jsonl", bad("a.jsonl", b"\n\n"), ["no text"]),
     "kind": ("a.pdf", bad("a.pdf", b"text"), ["a.pdf", ".jsonl"]),
     "latin-1": ("a.txt", bad("a.txt", b"caf\xe9 au lait"), ["a.txt", "UTF-8"]),
@@ -1264,7 +1652,6 @@ def test_interruption_while_renaming_never_looks_finished(tmp_path, one, monkeyp
 
 def test_ctrl_c_on_the_command_line(tmp_path):
     """A real SIGINT in the middle of a long run: one line, status 130, an empty folder."""
-    import signal
     (tmp_path / "long.txt").write_text("some words " * 5_000_000)
     command = [sys.executable, ROOT / "prepare.py", "--input", *[tmp_path / "long.txt"] * 20,
                "--tokenizer", "bytes", "--out_dir", tmp_path / "data"]
@@ -1437,14 +1824,26 @@ def test_several_samples_differ_and_repeat_with_their_seed(story_teller, capsys)
 
 @pytest.mark.parametrize("wrong", (
     "--ckpt=nowhere.pt", "--ckpt=.", "--temperature=-1", "--temperature=nan", "--top_p=0", "--top_p=1.5",
-    "--top_k=0", "--num_samples=0", "--max_new_tokens=0", "--prompt=FILE:nowhere", "--prompt=FILE:out.pt",
+    "--top_k=0", "--num_samples=0", "--max_new_tokens=0", "--max_new_tokens=-3", "--seed=1e30", "--top_k=1.5",
+    f"--seed={10 ** 30}", "--prompt=FILE:nowhere", "--prompt=FILE:out.pt",
     "--device=foo", "--dtype=foo", "--prom=a", f"--prompt={'a' * 64}"))
 def test_a_sampling_mistake_gives_one_line(wrong, story_teller, capsys):
     with pytest.raises(SystemExit) as stopped:
         sample.main([wrong])
     out, err = capsys.readouterr()
-    assert stopped.value.code in (1, 2)
+    assert stopped.value.code == 2 and not out
     assert re.fullmatch(r"sample\.py: error: .*\S.*\n", err)
+
+
+@given(wrong=st.dictionaries(st.sampled_from(("num_samples", "max_new_tokens", "top_k")),
+                             st.integers(max_value=0) | st.sampled_from(("1.5", "nan", "")), max_size=2),
+       also=st.dictionaries(st.sampled_from(("temperature", "top_p")), WRONG[float], max_size=2),
+       last=st.dictionaries(st.sampled_from(("ckpt", "device", "dtype")), WRONG[str], max_size=2))
+def test_any_wrong_sampling_flags_give_one_line_that_names_one_of_them(workplace, wrong, also, last):
+    wrong = {**wrong, **also, **last}
+    assume(wrong)
+    line = refusal(sample.main, flags(**{"ckpt": workplace / "out.pt", **wrong}))
+    assert any(name in line or f"{value} " in line for name, value in wrong.items())
 
 
 # ---- README.md ---------------------------------------------------------------------------------------

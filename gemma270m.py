@@ -72,7 +72,7 @@ class TrainConfig:
     preset: str = "auto"  # 270m, tiny, or auto: 270m on a GPU, tiny on a CPU
     data_dir: str = "data"  # folder that prepare.py wrote
     out: str = "out.pt"  # checkpoint; the log lies beside it as .csv
-    resume: bool = False  # continue the run in --out; new flags count, but keep batch_size and grad_accum
+    resume: bool = False  # continue the run in --out; flags given win, but leave batch_size and grad_accum
     overwrite: bool = False  # start anew although --out exists
     bench: bool = False  # time training on random tokens instead, without data and without writing a file
     batch_size: int = 32  # sequences in a micro-batch; an iteration is one micro-batch
@@ -102,7 +102,7 @@ class TrainConfig:
         require(self.preset in ("auto", *PRESETS), f"preset must be auto, {' or '.join(PRESETS)}")
         require(self.dtype in ("auto", "bfloat16", "float16", "float32"), f"dtype cannot be {self.dtype}")
 
-# ---- layers ------------------------------------------------------------------------------------------
+# ---- layers and model --------------------------------------------------------------------------------
 def compute_dtype(x):
     """The dtype in which matrix products on x run: autocast's where it is on, otherwise that of x."""
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
@@ -419,7 +419,7 @@ def evaluate(model, data, config, autocast, rank=0, world=1):
     dist.all_reduce(total) if world > 1 else None
     return (total[0] / total[1]).item()
 
-# ---- checkpoint and log ------------------------------------------------------------------------------
+# ---- checkpoint --------------------------------------------------------------------------------------
 def save_checkpoint(path, state):
     """Writes tensors and plain values beside path, then renames: path is a whole checkpoint at any moment."""
     with open(f"{path}.tmp", "wb") as file:
@@ -477,13 +477,13 @@ def bench(config, model, dtype, began, work, update, x, y):
     chip, tokens = 2 * len(a) ** 3 / seconds(torch.mm, a, a), x.numel() / iteration  # each a second
     memory = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB at most" if x.is_cuda else ""
     speed = tokens * model.flops_per_token(config.block_size)
-    print(f"start   {ready:.0f} s to the end of the first step, with compilation{memory}\n"
+    print(f"start   {ready:.0f} s to the first iteration and update, with compilation{memory}\n"
           f"speed   {1000 * iteration:.1f} ms an iteration, {config.max_iters:,} in "
           f"{tqdm.format_interval(config.max_iters * iteration)}, {tokens:,.0f} tokens/s\n"
           f"chip    {speed / 1e12:.4g} TFLOP/s, {speed / chip:.1%} of a matrix product's {chip / 1e12:.4g}")
 
 def train(config, model, data, state=None):
-    """Trains as config says and leaves config.out; state is a checkpoint to continue. Under torchrun each
+    """Trains, or times training, as config says; state is a checkpoint to continue. Under torchrun each
     process runs this; micro-batch i of a step belongs to process i % world."""
     began, (train_data, val_data, meta), accum = time.perf_counter(), data, config.grad_accum
     steps, step_tokens = config.max_iters // accum, config.batch_size * accum * config.block_size
@@ -494,7 +494,7 @@ def train(config, model, data, state=None):
     compiling = device.type == "cuda" if config.compile is None else config.compile
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    say = tqdm.write if rank == 0 else lambda line: None
+    say = (lambda line: (tqdm.write(line), print(end="", flush=True))) if rank == 0 else lambda line: None
     say(f"model   {config.preset}, {model.num_parameters():,} parameters, {model.config.vocab_size:,} words\n"
         f"device  {world} x {device.type}, {str(dtype)[6:]} ({reason}), torch {torch.__version__}, "
         f"{'compiled' if compiling else 'not compiled'}")
@@ -541,7 +541,7 @@ def train(config, model, data, state=None):
         return get_batch(train_data, blocks, config.block_size, device)
     def log(**row):
         rows.append({"iteration": step * accum, "step": step, **row})
-        say(" | ".join(f"{name.replace('_', ' ')} {value:.6g}" for name, value in rows[-1].items()))
+        say(" | ".join(f"{name.replace('_', ' ')} {value:,.6g}" for name, value in rows[-1].items()))
     def save(needed):
         require(all(weight.isfinite().all() for weight in weights), f"weights are not finite at iteration "
                 f"{step * accum:,}, lr {rate:.1e}; {config.out} stays as it was")
@@ -569,14 +569,14 @@ def train(config, model, data, state=None):
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         signals.append(time.monotonic())
-    handlers = {number: signal.signal(number, stop_soon) for number in (signal.SIGINT, signal.SIGTERM)}
     (x, y), work, stop = fetch(step * accum + rank), accumulate, torch.zeros(())
     if device.type == "cuda":  # as a CUDA graph: one launch in place of thousands
         work = torch.cuda.make_graphed_callables(accumulate, (x, y), num_warmup_iters=1)
         sums.zero_()
     if config.bench:
         return bench(config, model, dtype, began, work, update, x, y)
-    validate() if not state else None
+    handlers = {number: signal.signal(number, stop_soon) for number in (signal.SIGINT, signal.SIGTERM)}
+    validate() if not state else say(f"resumed at iteration {step * accum:,} of {steps * accum:,}")
     bar = tqdm(total=steps * accum, initial=step * accum, unit="it", disable=rank > 0 or None)
     while step < steps:
         clock = time.perf_counter()
@@ -596,7 +596,7 @@ def train(config, model, data, state=None):
         step, faults = step + 1, 0 if math.isfinite(norm) else faults + 1
         skipped += faults > 0
         require(faults < (25 if scaler.is_enabled() else 3), f"no finite gradient in {faults} steps up to "
-                f"iteration {step * accum:,}, lr {rate:.1e}; {config.out} is that of the last validation")
+                f"iteration {step * accum:,}, lr {rate:.1e}; {config.out} is that of the last save")
         if due(config.log_interval):
             speed = step_tokens / (time.perf_counter() - clock)
             log(train_loss=loss, lr=rate, grad_norm=norm, skipped=skipped, tokens_per_second=speed)
@@ -624,8 +624,8 @@ def settings(given):
                      for kind in (TrainConfig, GemmaConfig))
     fits = state or config.overwrite or config.bench or not out.exists()
     require(fits, f"{out} exists: --resume goes on with it, --overwrite starts anew, --out names another")
-    tokens = np.random.default_rng(0).integers(shape.vocab_size, size=2 ** 20)
-    random = tokens, tokens, {"tokenizer": "random", "vocab_size": shape.vocab_size}
+    noise = np.random.default_rng(0).integers(shape.vocab_size, size=2 ** 20)
+    random = noise, noise, {"tokenizer": "random", "vocab_size": shape.vocab_size}
     data = tokens, _, meta = random if config.bench else load_data(config.data_dir)
     torch.manual_seed(config.seed)  # the same weights in every process
     model = Gemma(replace(shape, vocab_size=values.get("vocab_size", meta["vocab_size"])))
@@ -634,7 +634,7 @@ def settings(given):
     require(config.block_size <= longest, f"block_size {config.block_size} exceeds the context or the data")
     world = int(os.environ.get("WORLD_SIZE", 1))
     fits = config.grad_accum % world == 0 and (world == 1 or not config.bench)
-    require(fits, f"grad_accum {config.grad_accum} is no multiple of {world} processes, or bench has several")
+    require(fits, f"{world} processes: bench wants one, and grad_accum {config.grad_accum} a divisor")
     same = not state or (model.config == state["model_config"] and preset == state["train_config"].preset
                          and all(meta[key] == state["data"].get(key) for key in ("tokenizer", "vocab_size")))
     require(same, f"resume: {out} has another model or vocabulary than these flags and data")

@@ -107,7 +107,8 @@ def main(argv=None):
     add("--max_new_tokens", type=int, help="longest continuation (default: 256; 1024 if tokens are bytes)")
     add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)")
     add("--top_k", type=int, default=64, help="draw from the k likeliest tokens (default: %(default)s)")
-    add("--top_p", type=float, default=0.95, help="and from the fewest that hold this probability")
+    add("--top_p", type=float, default=0.95, help="and from the fewest that hold this probability "
+        "(default: %(default)s)")
     add("--seed", type=int, help="the same seed gives the same text (default: another each time)")
     add("--device", default="auto", help="cuda, cpu; auto takes a GPU if there is one")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"),

@@ -1115,7 +1115,7 @@ def test_dtype_follows_the_compute_capability(capability, dtype, monkeypatch):
     assert pick_dtype("bfloat16", torch.device("cuda"))[0] == torch.bfloat16
 
 
-@pytest.mark.parametrize("full, half, dtype", ((2.0, 1.0, torch.bfloat16), (1.0, 2.0, torch.float32)), ids=str)
+@pytest.mark.parametrize("full, half, dtype", ((2, 1, torch.bfloat16), (1, 2, torch.float32)), ids=str)
 def test_dtype_on_a_cpu_is_the_faster_one(full, half, dtype, monkeypatch):
     seconds = {torch.float32: full, torch.bfloat16: half}
 

@@ -463,7 +463,7 @@ def pick_dtype(name, device):
         return fast, f"compute capability {major}.{minor}"
     full, half = (Timer("a @ a", globals={"a": torch.ones(1024, 1024, dtype=dtype)}).timeit(5).mean
                   for dtype in (torch.float32, torch.bfloat16))  # instructions for it need not be fast ones
-    return (torch.bfloat16 if half < 0.8 * full else torch.float32), f"bfloat16 {full / half:.1f} times as fast"
+    return (torch.bfloat16 if half < 0.8 * full else torch.float32), f"bfloat16 {full / half:.1f} x as fast"
 
 def bench(config, model, dtype, began, work, update, x, y):
     """Prints how long training takes, its memory, and its share of the device's rate in matrix products."""

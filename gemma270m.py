@@ -435,7 +435,7 @@ def load_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["model_config"] = GemmaConfig(**state["model_config"])
         state["train_config"] = TrainConfig(**state["train_config"])
-        require(state.keys() >= {"data", "iteration", "rows", "skipped", "optimizer", "scaler"}, "incomplete")
+        require({*"data iteration rows skips losses optimizer scaler".split()} <= state.keys(), "incomplete")
         with torch.device("meta"):  # whether the weights fit
             Gemma(state["model_config"]).load_state_dict(dict(state["model"]), assign=True)
         require(all(weight.isfinite().all() for weight in state["model"].values()), "weights are not finite")
@@ -508,12 +508,12 @@ def train(config, model, data, state=None):
     optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    step, rate, rows, skipped, faults, signals = 0, 0.0, [], 0, 0, []
+    step, rate, rows, losses, skips, faults, signals = 0, 0.0, [], [], 0, 0, []
     if state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # {} if it ran without one
-        step, rows, skipped = state["iteration"] // accum, state["rows"], state["skipped"]
+        step, (rows, losses, skips) = state["iteration"] // accum, map(state.get, ("rows", "losses", "skips"))
     model.checkpoint_activations = config.checkpoint_activations
     run = copy.copy(model)  # the same weights; model itself stays as it is, for validation
     run.compile() if compiling else None
@@ -549,8 +549,8 @@ def train(config, model, data, state=None):
         try:
             save_checkpoint(config.out, {
                 "model_config": asdict(model.config), "train_config": asdict(config), "data": meta,
-                "iteration": step * accum, "rows": rows, "skipped": skipped, "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
+                "iteration": step * accum, "rows": rows, "skips": skips, "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "losses": losses})
             names = list(dict.fromkeys(name for row in rows for name in row))
             table = (",".join(str(row.get(name, "")) for name in names) for row in rows)
             Path(config.out).with_suffix(".csv").write_text("\n".join((",".join(names), *table, "")))
@@ -594,13 +594,13 @@ def train(config, model, data, state=None):
             break
         rate = learning_rate(config, step)
         loss, norm = update(rate)
-        step, faults = step + 1, 0 if math.isfinite(norm) else faults + 1
-        skipped += faults > 0
+        step, losses, faults = step + 1, [*losses, loss], 0 if math.isfinite(norm) else faults + 1
+        skips += faults > 0
         require(faults < (25 if scaler.is_enabled() else 3), f"no finite gradient in {faults} steps up to "
                 f"iteration {step * accum:,}, lr {rate:.1e}; {config.out} is that of the last save")
         if due(config.log_interval):
-            speed = step_tokens / (time.perf_counter() - clock)
-            log(train_loss=loss, lr=rate, grad_norm=norm, skipped=skipped, tokens_per_second=speed)
+            loss, losses, speed = sum(losses) / len(losses), [], step_tokens / (time.perf_counter() - clock)
+            log(train_loss=loss, lr=rate, grad_norm=norm, skipped=skips, tokens_per_second=speed)
         if due(config.eval_interval):
             validate()
     if stop:

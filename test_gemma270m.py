@@ -891,8 +891,12 @@ def test_a_second_signal_ends_a_run_at_once(start, tmp_path, number):
     os.kill(process.pid, number)
     process.join(1.1)  # a second one within a second may be torchrun's echo of the first
     assert process.is_alive()
-    os.kill(process.pid, number)
-    process.join(60)
+    for _ in range(30):  # a slow machine may only now have noticed the first
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, number)
+        process.join(2)
+        if not process.is_alive():
+            break
     assert process.exitcode == -number and load_checkpoint(tmp_path / "out.pt")["iteration"] == 0
 
 
@@ -1193,10 +1197,10 @@ def test_any_wrong_flags_give_one_line_that_names_one_of_them_and_write_nothing(
     assert not list(folder.iterdir())
 
 
-def test_ctrl_c_before_training_ends_without_a_traceback(monkeypatch, capsys):
+def test_ctrl_c_before_training_ends_without_a_traceback(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(gemma270m, "load_data", mock.Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(SystemExit) as stopped:
-        main(flags(**TOY))
+        main(flags(**TOY, out=tmp_path / "out.pt"))
     assert stopped.value.code == 130 and capsys.readouterr().err == "\n"
 
 

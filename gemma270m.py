@@ -9,14 +9,12 @@ Gemma 3 Technical Report: arXiv 2503.19786. Letters in shapes: B sequences of T 
 to, E emb_dim, H query heads, G key/value heads (n_kv_groups), D head_dim, V vocab_size, W sliding_window.
 """
 import argparse, copy, functools, inspect, json, math, os, re, signal, time, zipfile, zlib
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import nn
+import numpy as np, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file, save_file
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint as recompute
@@ -27,7 +25,6 @@ def require(condition, message):
     """Raises ValueError(message) unless the condition holds."""
     if not condition:
         raise ValueError(message)
-
 def require_positive(config, or_zero=()):
     """Raises ValueError naming the first number of a config that is not positive or beyond 2^63."""
     for name, value in vars(config).items():
@@ -49,7 +46,7 @@ class GemmaConfig:
     full_attention_every: int = 6  # every n-th layer attends to the whole context
     rope_local_base: float = 10_000.0  # RoPE base of the sliding layers
     rope_base: float = 1_000_000.0  # RoPE base of the full layers
-    query_pre_attn_scalar: float = 256  # scores are divided by its square root; usually head_dim
+    query_pre_attn_scalar: int = 256  # scores are divided by its square root; usually head_dim
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
     tie_embeddings: bool = True  # one matrix for input embedding and output head
     def __post_init__(self):
@@ -61,15 +58,25 @@ class GemmaConfig:
         places = range(1, self.n_layers + 1)
         return ["sliding_attention" if i % self.full_attention_every else "full_attention" for i in places]
 
+OFFICIAL = (  # the fields in the same order, as config.json of transformers' Gemma3ForCausalLM names them
+    "vocab_size max_position_embeddings hidden_size num_hidden_layers num_attention_heads "
+    "num_key_value_heads head_dim intermediate_size sliding_window sliding_window_pattern "
+    "rope_local_base_freq rope_theta query_pre_attn_scalar rms_norm_eps tie_word_embeddings").split()
+IMPLEMENTED = {"model_type": "gemma3_text", "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False,
+               "attn_logit_softcapping": None, "final_logit_softcapping": None, "rope_scaling": None,
+               "use_bidirectional_attention": False}  # what else it may say
+
 PRESETS = {"270m": {}, "tiny": dict(  # sets of flags; any flag given beside --preset wins
     emb_dim=128, n_layers=6, n_heads=2, head_dim=32, hidden_dim=384, sliding_window=128,
     full_attention_every=3, query_pre_attn_scalar=32, batch_size=4, grad_accum=1, max_iters=800,
-    warmup_iters=60, lr=5e-3, eval_interval=200, eval_tokens=32_768, log_interval=50)}
+    warmup_iters=60, lr=5e-3, eval_interval=200, eval_tokens=32_768, log_interval=50), "finetune": dict(
+    batch_size=8, grad_accum=4, max_iters=800, warmup_iters=80, lr=5e-5, eval_interval=200)}
 
 @dataclass
 class TrainConfig:
     """One training run. Raises ValueError naming the field that does not fit."""
-    preset: str = "auto"  # 270m, tiny, or auto: 270m on a GPU, tiny on a CPU
+    preset: str = "auto"  # 270m, tiny, finetune; auto: finetune with --init_from, 270m on a GPU, else tiny
+    init_from: str = None  # model to fine-tune: a folder that transformers reads, or its name on the hub
     data_dir: str = "data"  # folder that prepare.py wrote
     out: str = "out.pt"  # checkpoint; the log lies beside it as .csv
     resume: bool = False  # continue the run in --out; flags given win, but leave batch_size and grad_accum
@@ -117,39 +124,28 @@ class RMSNorm(nn.Module):
         y = x.float()
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return (y * (1.0 + self.weight.float())).type_as(x)
-
 def rope_tables(positions, head_dim, base):
     """Cosine and signed sine of the angle p / base^(2i/D) of position p and pair i. (T,) -> (2, T, D)
     Su et al. 2021 (arXiv 2104.09864), section 3.2. In float32: bfloat16 knows no position 257."""
     frequency = 1.0 / base ** (torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
     angle = torch.outer(positions.float(), frequency)  # (T, D/2)
     return torch.stack((angle.cos().repeat(1, 2), torch.cat((-angle.sin(), angle.sin()), dim=1)))
-
 def apply_rope(x, rope):
     """Turns each pair (x[i], x[i + D/2]) by its position's angle. x (B, H, T, D), rope (2, T, D) -> as x"""
     (cos, sin), y = rope, x.float()
     return (y * cos + y.roll(x.size(-1) // 2, dims=-1) * sin).type_as(x)  # pairs are halves, not neighbours
-
-def has_flash(q):
-    """Whether CUDA's kernels for half precision, from compute capability 8.0 on, take these queries."""
-    fits = q.dtype in (torch.float16, torch.bfloat16) and q.size(-1) <= 256 and q.size(-1) % 8 == 0
-    return fits and q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 0)
-
-def grouped_attention(q, k, v, scale, mask=None, is_causal=False):
-    """Softmax attention; H / G query heads share each k and v. q (B, H, T, D), k, v (B, G, S, D) -> as q"""
-    gqa = has_flash(q) and mask is None
-    if not gqa:  # the other kernels want H heads
-        k, v = (t.repeat_interleave(q.size(1) // t.size(1), dim=1) for t in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=gqa)
-
 def sliding_window_attention(q, k, v, window, scale):
     """Causal attention of the last T of S positions to `window` keys, the own one included, in memory linear
     in S. Beltagy et al. 2020 (arXiv 2004.05150), section 3.1. q (B, H, T, D), k, v (B, G, S, D) -> as q"""
-    (B, H, T, _), S = q.shape, k.size(2)
+    (B, H, T, D), S, attend = q.shape, k.size(2), F.scaled_dot_product_attention
+    flash = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 0)  # kernels of half precision
+    flash = flash and q.dtype != torch.float32 and D <= 256 and D % 8 == 0
+    if T == S <= window and flash:
+        return attend(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    k, v = (t.repeat_interleave(H // t.size(1), dim=1) for t in (k, v))  # the other ways want H heads
     if T == S <= window:
-        return grouped_attention(q, k, v, scale, is_causal=True)
-    if has_flash(q):  # on an H200 twice as fast as FlexAttention and as the blocks below
-        k, v = (t.repeat_interleave(H // t.size(1), dim=1) for t in (k, v))
+        return attend(q, k, v, is_causal=True, scale=scale)
+    if flash:  # on an H200 twice as fast as FlexAttention and as the blocks below
         q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # (B * T or S, H, D)
         starts = torch.arange(B + 1, device=q.device, dtype=torch.int32)
         out = varlen_attn(q, k, v, starts * T, starts * S, T, S, scale=scale, window_size=(window - 1, 0))
@@ -158,7 +154,7 @@ def sliding_window_attention(q, k, v, window, scale):
         keys, place = slice(max(0, S - T + i - window), S - T + i + window), torch.arange(S, device=q.device)
         age = place[S - T:][i:i + window, None] - place[keys]  # of each key, seen from each query
         mask = (age >= 0) & (age < window)
-        return grouped_attention(q[:, :, i:i + window], k[:, :, keys], v[:, :, keys], scale, mask)
+        return attend(q[:, :, i:i + window], k[:, :, keys], v[:, :, keys], mask, scale=scale)
     return torch.cat([block(i) for i in range(0, T, window)], dim=2)
 
 class KVCache:
@@ -168,7 +164,6 @@ class KVCache:
         sizes = {"sliding_attention": min(max_length, config.sliding_window), "full_attention": max_length}
         self.layers = [torch.zeros(2, batch_size, config.n_kv_groups, sizes[kind], config.head_dim,
                                    dtype=dtype, device=device) for kind in config.layer_types]
-
 def cached_attention(q, k, v, window, scale, store, positions):
     """Attention at positions (T,), whose keys and values join a layer's store (2, B, G, size, D). -> as q"""
     size, new = store.size(3), torch.stack((k, v))  # (2, B, G, T, D)
@@ -187,13 +182,12 @@ class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245) with normalised queries and keys. (B, T, E) -> (B, T, E)"""
     def __init__(self, config, kind):
         super().__init__()
-        self.kind, self.head_dim, self.scale = kind, config.head_dim, config.query_pre_attn_scalar ** -0.5
+        E, H, G, D = config.emb_dim, config.n_heads, config.n_kv_groups, config.head_dim
+        self.kind, self.head_dim, self.scale = kind, D, config.query_pre_attn_scalar ** -0.5
         self.window = config.sliding_window if kind == "sliding_attention" else config.context_length
-        self.q_proj = nn.Linear(config.emb_dim, config.n_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.emb_dim, config.n_kv_groups * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.emb_dim, config.n_kv_groups * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.n_heads * config.head_dim, config.emb_dim, bias=False)
-        self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.norm_eps) for _ in "qk")
+        self.q_proj, self.k_proj = nn.Linear(E, H * D, bias=False), nn.Linear(E, G * D, bias=False)
+        self.v_proj, self.o_proj = nn.Linear(E, G * D, bias=False), nn.Linear(H * D, E, bias=False)
+        self.q_norm, self.k_norm = RMSNorm(D, config.norm_eps), RMSNorm(D, config.norm_eps)
     def forward(self, x, rope, cache=None):
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim))
                    for project in (self.q_proj, self.k_proj, self.v_proj))  # (B, T, H or G, D)
@@ -207,9 +201,9 @@ class FeedForward(nn.Module):
     """Feed-forward layer gated by a tanh-GELU (GeGLU, arXiv 2002.05202). (B, T, E) -> (B, T, E)"""
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.emb_dim, config.hidden_dim, bias=False)
-        self.up_proj = nn.Linear(config.emb_dim, config.hidden_dim, bias=False)
-        self.down_proj = nn.Linear(config.hidden_dim, config.emb_dim, bias=False)
+        E, hidden = config.emb_dim, config.hidden_dim
+        self.gate_proj, self.up_proj = nn.Linear(E, hidden, bias=False), nn.Linear(E, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, E, bias=False)
     def forward(self, x):
         return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
 
@@ -217,45 +211,36 @@ class Block(nn.Module):
     """Attention, then feed-forward, each between two norms. (B, T, E) -> (B, T, E)"""
     def __init__(self, config, kind):
         super().__init__()
-        self.self_attn = Attention(config, kind)
-        self.mlp = FeedForward(config)
-        self.input_layernorm = RMSNorm(config.emb_dim, config.norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.emb_dim, config.norm_eps)
-        self.pre_feedforward_layernorm = RMSNorm(config.emb_dim, config.norm_eps)
-        self.post_feedforward_layernorm = RMSNorm(config.emb_dim, config.norm_eps)
+        norm = functools.partial(RMSNorm, config.emb_dim, config.norm_eps)
+        self.self_attn, self.mlp = Attention(config, kind), FeedForward(config)
+        self.input_layernorm, self.post_attention_layernorm = norm(), norm()
+        self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(), norm()
     def forward(self, x, rope, cache=None):
         x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rope, cache))
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-
 def run_blocks(blocks, x, rope, caches, recomputed):
     """x through some blocks; recomputed ones keep nothing for the backward pass. (B, T, E) -> (B, T, E)"""
     for block, cache in zip(blocks, caches):
         run = functools.partial(recompute, block, use_reentrant=False, preserve_rng_state=False)
         x = (run if recomputed else block)(x, rope, cache)
     return x
-
-def softmax_loss(logits, targets, vocab_size):
-    """Summed loss over the first vocab_size columns, without targets of -1; its gradient. (N, V), (N, 1)"""
-    z, seen = logits.float(), targets >= 0
-    z[:, vocab_size:] = -math.inf
-    z = z.log_softmax(1)
-    loss = -(z.gather(1, targets.clamp(min=0)) * seen).sum()
-    wanted = torch.arange(z.size(1), device=z.device) == targets  # subtracted in float32: p - 1 may be tiny
-    return loss, z.exp_().add_(wanted, alpha=-1).mul_(seen).type_as(logits)
+def cross_entropy(x, head, targets, vocab_size):
+    """Summed loss of x @ head.T, whose first vocab_size columns count. (N, E), (V, E), (N,) -> a scalar"""
+    logits = (x @ head.T)[:, :vocab_size].float()
+    return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
 
 class ChunkedLoss(torch.autograd.Function):
     """Summed cross-entropy of x @ head.T, and its gradient on the way. x (N, E), head (V, E), targets (N,)"""
     logits = 2 ** 28  # at a time: 0.5 GB in half precision
     @staticmethod
-    def forward(ctx, x, head, targets, softmax_loss):
+    def forward(ctx, x, head, targets, gradients_and_loss):
         V, N, head = len(head), max(1, min(4096, ChunkedLoss.logits // len(head))), head.type_as(x)
         head = F.pad(head, (0, 0, 0, -V % 64)) if x.is_cuda else head  # fast products want multiples of 64
         total, x_grad, head_grad = 0.0, [], None
-        for rows, target in zip(x.split(N), targets[:, None].split(N)):
-            loss, grad = softmax_loss(rows @ head.T, target, V)
-            x_grad.append(grad @ head)
-            part, total = grad.T @ rows, total + loss
-            head_grad = part.float() if head_grad is None else head_grad.add_(part)
+        for rows, target in zip(x.split(N), targets.split(N)):
+            (grad, part), loss = gradients_and_loss(rows, head, target, V)
+            x_grad.append(grad)
+            total, head_grad = total + loss, part.float() if head_grad is None else head_grad.add_(part)
         ctx.save_for_backward(torch.cat(x_grad), head_grad[:V])
         return total
     @staticmethod
@@ -277,22 +262,20 @@ class Gemma(nn.Module):
         for name, weight in self.named_parameters():
             if weight.ndim == 2:  # norms undo a matrix's scale: the smaller it is, the more an update does
                 nn.init.normal_(weight, std=config.emb_dim ** -0.5 if name.startswith("embed") else 0.005)
-        self.run_blocks, self.softmax_loss = run_blocks, softmax_loss
+        self.run_blocks, self.loss = run_blocks, torch.func.grad_and_value(cross_entropy, argnums=(0, 1))
     @property
     def head(self):  # (V, E)
         return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
-    def compile(self, **options):
+    def compile(self, **how):
         """Compiles what repeats: about as fast as torch.compile(model), and ready in a third of the time."""
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is, after a warning
-        self.run_blocks = torch.compile(run_blocks, dynamic=False, **options)
-        self.softmax_loss = torch.compile(softmax_loss, dynamic=False)
+        self.run_blocks, self.loss = (torch.compile(f, dynamic=False, **how) for f in (run_blocks, self.loss))
     def features(self, tokens, cache=None):
         """What the output head reads. (B, T) -> (B, T, E)"""
         T, c, run, caches = tokens.size(1), self.config, self.run_blocks, [None] * len(self.layers)
         require(T <= c.context_length, f"{T} tokens exceed the context, {c.context_length}")
-        positions = torch.arange(T, device=tokens.device)
+        positions = torch.arange(T, device=tokens.device) + (0 if cache is None else cache.length)
         if cache is not None:
-            positions = positions + cache.length
             caches = [{"store": store, "positions": positions} for store in cache.layers]
             run = run if T == 1 else run_blocks  # a prompt comes once and in any length: not worth compiling
             cache.length += T
@@ -311,15 +294,14 @@ class Gemma(nn.Module):
         if targets is None:
             return F.linear(x, self.head)  # (B, T, V)
         x, targets = x.flatten(0, 1).to(compute_dtype(x)), targets.flatten()
-        return ChunkedLoss.apply(x, self.head, targets, self.softmax_loss) / (targets >= 0).sum().clamp(min=1)
+        return ChunkedLoss.apply(x, self.head, targets, self.loss) / (targets >= 0).sum().clamp(min=1)
     @torch.inference_mode()
     def stream(self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_token=None,
                generator=None):
         """Yields (B,) tokens, one position at a time, that continue tokens (B, T); temperature 0 is greedy.
         Ends after max_new_tokens or when every row has produced stop_token, which rows repeat until then."""
         (B, T), context = tokens.shape, self.config.context_length
-        fits = 0 < T <= T + max_new_tokens <= context
-        require(fits, f"{T} + {max_new_tokens} tokens: a prompt has at least 1, all together {context}")
+        require(0 < T <= T + max_new_tokens <= context, f"{T} + {max_new_tokens} tokens, not 1 to {context}")
         fits = 0 <= temperature < 1e9 and (top_k is None or top_k > 0) and (top_p is None or 0 < top_p <= 1)
         require(fits, f"temperature {temperature}, top_k {top_k} or top_p {top_p} is out of range")
         cache = KVCache(self.config, B, T + max_new_tokens, tokens.device, compute_dtype(self.head))
@@ -342,16 +324,52 @@ class Gemma(nn.Module):
     def generate(self, tokens, *args, **kwargs):
         """tokens (B, T) and the n that stream, given the same arguments, yields. -> (B, T + n)"""
         return torch.stack((*tokens.T, *self.stream(tokens, *args, **kwargs)), dim=1)
+    @classmethod
+    def from_pretrained(cls, folder):
+        """The Gemma3ForCausalLM of a folder that transformers reads, or of a repository on the hub, in
+        float32. Raises ValueError naming what is missing, unknown or not implemented here."""
+        try:
+            if str(folder).count("/") == 1 and not os.path.isdir(folder):
+                folder = snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors"])
+            given = {"tie_word_embeddings": True, **json.loads(Path(folder, "config.json").read_text())}
+            for kind, rope in (given.get("rope_parameters") or {}).items():  # the newer spelling
+                given[{"full_attention": "rope_theta"}.get(kind, "rope_local_base_freq")] = rope["rope_theta"]
+                given["rope_scaling"] = given.get("rope_scaling") or rope["rope_type"].removeprefix("default")
+            for name, value in IMPLEMENTED.items():
+                require(given.get(name) in (value, None, ""), f"{name} {given.get(name)} is not implemented")
+            if types := given.get("layer_types"):
+                given["sliding_window_pattern"] = [*types, "full_attention"].index("full_attention") + 1
+            config = GemmaConfig(*(given[name] for name in OFFICIAL))
+            require(types in (None, config.layer_types), f"layer_types {types} is not implemented")
+            files = map(load_file, Path(folder).glob("model*.safetensors"))
+            weights = {name.removeprefix("model."): w for file in files for name, w in file.items()}
+            model = cls(config)
+            model.load_state_dict(weights)
+        except Exception as error:  # json, safetensors and the hub raise very different things
+            raise ValueError(f"{folder} cannot be loaded: {' '.join(str(error).split())}") from None
+        return model
+    def save_pretrained(self, folder, tokenizer=None):
+        """Writes a folder that transformers reads. Raises ValueError if there is something in it already."""
+        folder, ids = Path(folder), ("bos_token_id", "eos_token_id")
+        require(not any(folder.glob("*")), f"{folder} is not empty: name a new folder")
+        config = {"architectures": ["Gemma3ForCausalLM"], **IMPLEMENTED, "dtype": "float32",
+                  **dict(zip(OFFICIAL, astuple(self.config))), "layer_types": self.config.layer_types,
+                  "pad_token_id": None, **{name: getattr(tokenizer, name, None) for name in ids}}
+        weights = {("" if name == "lm_head.weight" else "model.") + name: weight.float().cpu()
+                   for name, weight in self.state_dict().items()}
+        folder.mkdir(exist_ok=True)
+        tokenizer.save_pretrained(folder) if tokenizer is not None else None
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")  # last: so far nothing loads
     def num_parameters(self):
         """Trainable numbers; those of a tied head count once."""
         return sum(weight.numel() for weight in self.parameters())
     def flops_per_token(self, T):
         """Operations of a training step for a token in sequences of T (arXiv 2001.08361, section 2.1)."""
-        c, sizes = self.config, {"sliding_attention": min(T, self.config.sliding_window), "full_attention": T}
-        keys = sum(W - W * (W - 1) / (2 * T) for W in map(sizes.get, c.layer_types))  # of an average query
+        windows = (min(T, layer.self_attn.window) for layer in self.layers)
+        keys = sum(W - W * (W - 1) / (2 * T) for W in windows)  # of an average query
         weights = self.head.numel() + sum(w.numel() for w in self.layers.parameters() if w.ndim == 2)
-        return 6 * weights + 12 * c.n_heads * c.head_dim * keys
-
+        return 6 * weights + 12 * self.config.n_heads * self.config.head_dim * keys
 def sample_token(logits, temperature, top_k=None, top_p=None, generator=None):
     """Draws a token from each row of logits. (B, V) -> (B,)"""
     if temperature < 1e-6:  # the quotient could overflow
@@ -360,8 +378,7 @@ def sample_token(logits, temperature, top_k=None, top_p=None, generator=None):
         return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(1)
     logits, tokens = logits.topk(min(top_k or logits.size(1), logits.size(1)))  # in falling order
     p = (logits / temperature).softmax(-1)
-    if top_p is not None:  # nucleus sampling, arXiv 1904.09751: the fewest tokens that hold top_p together
-        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)
+    p = p.masked_fill(p.cumsum(-1) - p >= (top_p or 1), 0.0)  # the fewest that hold top_p (arXiv 1904.09751)
     return tokens.gather(1, torch.multinomial(p, 1, generator=generator)).squeeze(1)
 
 # ---- data and schedule -------------------------------------------------------------------------------
@@ -376,25 +393,20 @@ def load_data(folder):
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ValueError(f"no usable data in {folder} ({error}): run python prepare.py") from None
     return train, val, meta
-
 @functools.lru_cache(maxsize=2)
 def block_order(n_blocks, seed, epoch):
     """The order in which an epoch visits the blocks of the training data."""
     return np.random.default_rng((seed, epoch)).permutation(n_blocks)
-
 def training_blocks(iteration, batch_size, n_blocks, seed):
     """The blocks of one micro-batch: a function of nothing else, without repetition within an epoch."""
     sequences = range(iteration * batch_size, (iteration + 1) * batch_size)
     return [int(block_order(n_blocks, seed, i // n_blocks)[i % n_blocks]) for i in sequences]
-
-def get_batch(data, blocks, block_size, device):
+def get_batch(data, blocks, T, device):
     """Inputs and targets, the same tokens one place apart; past the data's end targets are -1. 2 x (B, T)"""
-    pieces = [data[i * block_size:(i + 1) * block_size + 1].astype(np.int64) for i in blocks]
-    rows = np.stack([np.pad(piece, (0, block_size + 1 - len(piece)), constant_values=-1) for piece in pieces])
-    rows = torch.from_numpy(rows)  # from pinned memory the copy to a GPU runs beside the computation
+    pieces = [data[i * T:(i + 1) * T + 1].astype(np.int64) for i in blocks]
+    rows = torch.from_numpy(np.stack([np.pad(p, (0, T + 1 - len(p)), constant_values=-1) for p in pieces]))
     rows = (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
     return rows[:, :-1].clamp(min=0), rows[:, 1:]
-
 def learning_rate(config, step):
     """The rate of an update: linear warm-up to lr, then a cosine that reaches min_lr in the last one."""
     min_lr = config.lr / 10 if config.min_lr is None else config.min_lr
@@ -403,16 +415,14 @@ def learning_rate(config, step):
         return config.lr * iteration / config.warmup_iters
     progress = min(1.0, (iteration - config.warmup_iters) / max(1, last - config.warmup_iters))
     return min_lr + (config.lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
-
 @torch.no_grad()
 def evaluate(model, data, config, autocast, rank=0, world=1):
     """Mean loss over the same tokens each time, whatever the batch size and the number of processes."""
-    blocks = math.ceil((len(data) - 1) / config.block_size)
-    count = min(blocks, math.ceil(config.eval_tokens / config.block_size))
-    chosen = [i * blocks // count for i in range(count)]  # spread over the whole of val.bin
+    blocks, wanted = (math.ceil(n / config.block_size) for n in (len(data) - 1, config.eval_tokens))
+    chosen = np.linspace(0, blocks, min(blocks, wanted), endpoint=False, dtype=int)  # all over val.bin
     total = torch.zeros(2, dtype=torch.float64, device=model.head.device)  # loss, tokens
-    for start in range(rank * config.batch_size, count, world * config.batch_size):
-        x, y = get_batch(data, chosen[start:start + config.batch_size], config.block_size, total.device)
+    for i in range(rank * config.batch_size, len(chosen), world * config.batch_size):
+        x, y = get_batch(data, chosen[i:i + config.batch_size], config.block_size, total.device)
         with autocast:
             loss, tokens = model(x, y), (y >= 0).sum()
         total += torch.stack((loss * tokens, tokens))
@@ -427,7 +437,6 @@ def save_checkpoint(path, state):
         file.flush()
         os.fsync(file.fileno())  # the content must reach the disk before the new name does
     os.replace(f"{path}.tmp", path)
-
 def load_checkpoint(path):
     """What train saved, on the CPU. Raises ValueError if the file is missing, damaged or something else."""
     try:
@@ -452,7 +461,6 @@ def pick_device(name="auto"):
     require(name in here, f"device {name} is not here, only {', '.join(here)}")
     torch.cuda.set_device(name) if name.startswith("cuda") else None
     return torch.device(name)
-
 def pick_dtype(name, device):
     """The dtype of activations, and why; weights, optimizer, norms and loss are float32 in any case."""
     if name != "auto":
@@ -464,44 +472,37 @@ def pick_dtype(name, device):
     full, half = (Timer("a @ a", globals={"a": torch.ones(1024, 1024, dtype=dtype)}).timeit(5).mean
                   for dtype in (torch.float32, torch.bfloat16))  # instructions for it need not be fast ones
     return (torch.bfloat16 if half < 0.8 * full else torch.float32), f"bfloat16 {full / half:.1f} x as fast"
-
 def bench(config, model, dtype, began, work, update, x, y):
     """Prints how long training takes, its memory, and its share of the device's rate in matrix products."""
-    def seconds(work, *inputs):  # of a call, as a median
-        timer = Timer("work(*inputs)", globals=locals(), num_threads=torch.get_num_threads())
-        return timer.blocked_autorange(min_run_time=3).median
-    work(x, y)
-    update(0.0)
-    ready = time.perf_counter() - began
+    def seconds(work):  # of a call, as a median
+        return Timer("f()", globals={"f": work}, num_threads=threads).blocked_autorange(min_run_time=3).median
+    work(x, y), update(0.0)
+    ready, threads = time.perf_counter() - began, torch.get_num_threads()
     a = torch.randn(*[8192 if x.is_cuda else 2048] * 2, device=x.device).to(dtype)
-    iteration = seconds(work, x, y) + seconds(update, 0.0) / config.grad_accum
-    chip, tokens = 2 * len(a) ** 3 / seconds(torch.mm, a, a), x.numel() / iteration  # each a second
-    memory = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB at most" if x.is_cuda else ""
-    speed = tokens * model.flops_per_token(config.block_size)
-    print(f"start   {ready:.0f} s to the first iteration and update, with compilation{memory}\n"
+    iteration = seconds(lambda: work(x, y)) + seconds(lambda: update(0.0)) / config.grad_accum
+    chip, tokens = 2 * len(a) ** 3 / seconds(lambda: a @ a), x.numel() / iteration  # each a second
+    speed, memory = tokens * model.flops_per_token(config.block_size), torch.cuda.max_memory_allocated()
+    print(f"start   {ready:.0f} s to the first iteration and update; GPU memory {memory / 2 ** 30:.2f} GiB\n"
           f"speed   {1000 * iteration:.1f} ms an iteration, {config.max_iters:,} in "
           f"{tqdm.format_interval(config.max_iters * iteration)}, {tokens:,.0f} tokens/s\n"
           f"chip    {speed / 1e12:.4g} TFLOP/s, {speed / chip:.1%} of a matrix product's {chip / 1e12:.4g}")
-
 def train(config, model, data, state=None):
-    """Trains, or times training, as config says; state is a checkpoint to continue. Under torchrun each
-    process runs this; micro-batch i of a step belongs to process i % world."""
+    """Trains, or continues state. Under torchrun, micro-batch i of a step belongs to process i % world."""
     began, (train_data, val_data, meta), accum = time.perf_counter(), data, config.grad_accum
     steps, step_tokens = config.max_iters // accum, config.batch_size * accum * config.block_size
-    n_blocks = (len(train_data) - 1) // config.block_size
+    n_blocks, epochs = (len(train_data) - 1) // config.block_size, steps * step_tokens / len(train_data)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    fits = accum % world == 0 and (world == 1 or not config.bench)
+    require(fits, f"{world} processes: bench wants one, and grad_accum {accum} a divisor")
     device = pick_device(config.device)
     dtype, reason = pick_dtype(config.dtype, device)
     compiling = device.type == "cuda" if config.compile is None else config.compile
-    if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group() if world > 1 else None  # gloo between CPUs, NCCL between GPUs
     say = (lambda line: (tqdm.write(line), print(end="", flush=True))) if rank == 0 else lambda line: None
     say(f"model   {config.preset}, {model.num_parameters():,} parameters, {model.config.vocab_size:,} words\n"
-        f"device  {world} x {device.type}, {str(dtype)[6:]} ({reason}), torch {torch.__version__}, "
-        f"{'compiled' if compiling else 'not compiled'}")
-    if not config.bench:
-        say(f"data    {meta['tokenizer']}, {len(train_data):,} + {len(val_data):,} tokens\n"
-            f"run     {steps:,} steps, {steps * step_tokens / len(train_data):.2f} epochs, to {config.out}")
+        f"device  {world} x {device.type}, {str(dtype)[6:]} ({reason}){', compiled' * compiling}\n"
+        f"data    {meta['tokenizer']}, {len(train_data):,} + {len(val_data):,} tokens, {epochs:.2f} epochs\n"
+        f"run     {steps:,} steps of {step_tokens:,} tokens, torch {torch.__version__}, to {config.out}")
     weights = list(model.to(device).parameters())
     groups = [{"params": [w for w in weights if w.ndim > 1], "weight_decay": config.weight_decay},
               {"params": [w for w in weights if w.ndim == 1], "weight_decay": 0.0}]
@@ -579,19 +580,17 @@ def train(config, model, data, state=None):
     handlers = {number: signal.signal(number, stop_soon) for number in (signal.SIGINT, signal.SIGTERM)}
     validate() if not state else say(f"resumed at iteration {step * accum:,} of {steps * accum:,}")
     bar = tqdm(total=steps * accum, initial=step * accum, unit="it", disable=rank > 0 or None)
-    while step < steps:
-        clock = time.perf_counter()
-        for micro in range(rank, accum, world):
-            work(x, y)
-            x, y = fetch(step * accum + micro + world)  # while the device computes
-            bar.update(world)
-            stop.fill_(len(signals))
-            if world > 1:  # all leave or none: the others would wait for one that left alone
-                dist.all_reduce(stop)
-            if stop:
-                break
+    clock = time.perf_counter()
+    for iteration in range(step * accum + rank, steps * accum, world):
+        work(x, y)
+        x, y = fetch(iteration + world)  # while the device computes
+        bar.update(world)
+        stop.fill_(len(signals))
+        dist.all_reduce(stop) if world > 1 else None  # all leave or none: the others would wait for one
         if stop:  # the resumed run takes this step from its start
             break
+        if iteration < (step + 1) * accum - world:  # an update follows the last micro-batch only
+            continue
         rate = learning_rate(config, step)
         loss, norm = update(rate)
         step, losses, faults = step + 1, [*losses, loss], 0 if math.isfinite(norm) else faults + 1
@@ -603,6 +602,7 @@ def train(config, model, data, state=None):
             log(train_loss=loss, lr=rate, grad_norm=norm, skipped=skips, tokens_per_second=speed)
         if due(config.eval_interval):
             validate()
+        clock = time.perf_counter()
     if stop:
         save(needed=True) if rank == 0 else None
         say(f"stopped at iteration {step * accum:,}; {config.out} is up to date, --resume goes on from there")
@@ -615,9 +615,9 @@ def settings(given):
     out, preset = Path(given.get("out", TrainConfig.out)), given.pop("preset", "auto")
     require((out.is_file() or not out.exists()) and out.suffix != ".csv", f"out cannot be {out}")
     state = load_checkpoint(out) if given.get("resume") else None
-    device = pick_device(given.get("device", "auto"))
-    if preset == "auto":
-        preset = state["train_config"].preset if state else "270m" if device.type == "cuda" else "tiny"
+    cuda = pick_device(given.get("device", "auto")).type == "cuda"
+    fresh = "finetune" if "init_from" in given else "270m" if cuda else "tiny"
+    preset = preset.replace("auto", state["train_config"].preset if state else fresh)
     old = {**vars(state["model_config"]), **vars(state["train_config"])} if state else PRESETS.get(preset, {})
     values = {**old, **given, "preset": preset, "out": str(out)}
     config, shape = (kind(**{name: values[name] for name in kind.__dataclass_fields__ if name in values})
@@ -628,18 +628,18 @@ def settings(given):
     random = noise, noise, {"tokenizer": "random", "vocab_size": shape.vocab_size}
     data = tokens, _, meta = random if config.bench else load_data(config.data_dir)
     torch.manual_seed(config.seed)  # the same weights in every process
-    model = Gemma(replace(shape, vocab_size=values.get("vocab_size", meta["vocab_size"])))
+    shape.vocab_size, source = values.get("vocab_size", meta["vocab_size"]), not state and config.init_from
+    model = Gemma.from_pretrained(source) if source else Gemma(shape)
+    fits = not source or (config.bench or meta["tokenizer"] in (source, os.path.realpath(source))) and not (
+        given.keys() & vars(shape).keys())
+    require(fits, f"init_from takes no flags of the model, and data of prepare.py --tokenizer {source}")
     words, longest = model.config.vocab_size, min(len(tokens) - 1, model.config.context_length)
     require(meta["vocab_size"] <= words, f"vocab_size {words} is below the {meta['vocab_size']} of the data")
     require(config.block_size <= longest, f"block_size {config.block_size} exceeds the context or the data")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    fits = config.grad_accum % world == 0 and (world == 1 or not config.bench)
-    require(fits, f"{world} processes: bench wants one, and grad_accum {config.grad_accum} a divisor")
-    same = not state or (model.config == state["model_config"] and preset == state["train_config"].preset
-                         and all(meta[key] == state["data"].get(key) for key in ("tokenizer", "vocab_size")))
+    before = state and (state["model_config"], state["train_config"].preset, state["data"].get("tokenizer"))
+    same = before in (None, (model.config, preset, meta["tokenizer"]))
     require(same, f"resume: {out} has another model or vocabulary than these flags and data")
     return config, model, data, state
-
 def main(argv=None):
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"gemma270m.py: error: {message}\n")

@@ -4,6 +4,7 @@ Turns text into the token files that gemma270m.py trains on.
     python prepare.py                                      TinyStories with the GPT-2 vocabulary
     python prepare.py --input my.txt "more/*.jsonl.gz"     your own text
     python prepare.py --input my.txt --tokenizer bytes     no vocabulary to download
+    python prepare.py --input my.txt --tokenizer FOLDER    that of a model, to fine-tune it
 
 Writes OUT_DIR/train.bin and OUT_DIR/val.bin, plain arrays of uint16 (uint32 for a vocabulary above 65,536) in
 which an end-of-text token follows each story, and last OUT_DIR/meta.json, which says what they hold.
@@ -80,21 +81,90 @@ def in_background(function, *args):
 
 # Tokenizers -----------------------------------------------------------------------------------------------
 
-def load_tokenizer(name, timeout=60):
-    """The tokenizer `name`, "gpt2" or "bytes", as a tiktoken.Encoding.
+class Encoding(tiktoken.Encoding):
+    """A tiktoken.Encoding that transformers can read too."""
+    prefix = []  # what a document starts with
+    bos_token_id = eos_token_id = tiktoken.Encoding.eot_token
 
-    "gpt2" has 50,257 tokens, which tiktoken downloads once; "bytes" has the 256 bytes and end-of-text = 256.
-    Raises ValueError for another name, OSError if GPT-2's vocabulary cannot be had within `timeout` seconds.
+    def save_pretrained(self, folder):
+        """Writes the files from which transformers makes a tokenizer that gives the same tokens."""
+        with blame("the tokenizer cannot be written"):
+            from transformers.convert_slow_tokenizer import TikTokenConverter
+        converter = TikTokenConverter(pattern=self._pat_str, extra_special_tokens=self._special_tokens)
+        converter.load_tiktoken_bpe = lambda _: self._mergeable_ranks  # at hand, so no file is needed
+        converter.converted().save(str(Path(folder, "tokenizer.json")))
+        Path(folder, "tokenizer_config.json").write_text(json.dumps({
+            "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+            "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}, indent=2) + "\n")
+
+
+class FolderTokenizer:
+    """The tokenizer of a folder that transformers reads, with the methods of tiktoken.Encoding used here.
+
+    A document ends with the folder's eos_token, and starts with its bos_token if the tokenizer itself puts
+    that there, as Gemma's does. Raises ValueError if a file is missing or the tokenizer of another kind.
+    """
+    FILES = ("tokenizer*", "*_tokens*.json", "chat_template*")
+
+    def __init__(self, name):
+        from huggingface_hub import snapshot_download
+        from tokenizers import Tokenizer
+        local = os.path.isdir(name)
+        self.name = os.path.realpath(name) if local else name
+        with blame(f"tokenizer.json and tokenizer_config.json of {name}"):
+            self.folder = Path(self.name if local else snapshot_download(name, allow_patterns=self.FILES))
+            self.tokenizer = Tokenizer.from_str((self.folder / "tokenizer.json").read_text("utf-8"))
+            self.decode = self.tokenizer.decode
+            given = json.loads((self.folder / "tokenizer_config.json").read_text("utf-8"))
+            self.bos_token_id, self.eos_token_id = (
+                self.tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token or "")
+                for token in map(given.get, ("bos_token", "eos_token")))
+            self.eot_token = self.eos_token_id
+            if self.eot_token is None:
+                raise ValueError("there is no eos_token")
+            first = self.tokenizer.encode("").ids[:1]
+            self.prefix = first if first == [self.bos_token_id] else []
+            self.tokenizer.no_truncation()
+            self.tokenizer.no_padding()
+            self.tokenizer.encode_special_tokens = True  # as ordinary text
+            if "".join(self.decode([token]) for token in self.encode_ordinary(" A b\n")) != " A b\n":
+                raise ValueError("the texts of a text's tokens must be that text")
+        # Text gives no special token; the model has no row for those that Gemma keeps for images.
+        added = self.tokenizer.get_added_tokens_decoder().items()
+        tokens = {*self.tokenizer.get_vocab().values()} - {token for token, kind in added if kind.special}
+        self.n_vocab = 1 + max(tokens | {self.eot_token, *self.prefix})
+
+    def encode_ordinary(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_to_numpy(self, text, disallowed_special=()):
+        return np.array(self.encode_ordinary(text), np.uint32)
+
+    def save_pretrained(self, folder):
+        for path in itertools.chain.from_iterable(map(self.folder.glob, self.FILES)):
+            shutil.copy(path, folder)
+
+
+def load_tokenizer(name, timeout=60):
+    """The tokenizer `name`: "gpt2" or "bytes" as an Encoding, that of a folder as a FolderTokenizer.
+
+    "gpt2" has 50,257 tokens, which tiktoken downloads once; "bytes" has the 256 bytes and end-of-text = 256;
+    a folder is one that transformers reads, or by its name, with a slash, one on the hub. Raises ValueError
+    for another name, OSError if GPT-2's vocabulary cannot be had within `timeout` seconds.
     """
     if name == "bytes":
         # Nothing merges, so any pattern is exact; this one keeps tiktoken from handling each character alone.
-        return tiktoken.Encoding("bytes", pat_str=r"(?s:.{1,256})", explicit_n_vocab=257,
-                                 mergeable_ranks={bytes([i]): i for i in range(256)},
-                                 special_tokens={END_OF_TEXT: 256})
+        return Encoding("bytes", pat_str=r"[\s\S]{1,256}", explicit_n_vocab=257,
+                        mergeable_ranks={bytes([i]): i for i in range(256)},
+                        special_tokens={END_OF_TEXT: 256})
     if name != "gpt2":
-        raise ValueError(f"unknown tokenizer {name!r} (choose from gpt2, bytes)")
+        if os.path.isdir(name) or name.count("/") == 1:
+            return FolderTokenizer(name)
+        raise ValueError(f"unknown tokenizer {name!r} (choose gpt2, bytes or a folder with tokenizer.json)")
     try:
-        return in_background(tiktoken.get_encoding, name).result(timeout)
+        known = in_background(tiktoken.get_encoding, name).result(timeout)
+        return Encoding(name, pat_str=known._pat_str, mergeable_ranks=known._mergeable_ranks,
+                        special_tokens=known._special_tokens)
     except Exception as error:
         why = str(error) or f"no answer in {timeout} s"  # a timeout has no text of its own
         raise OSError(f"cannot load the GPT-2 vocabulary ({textwrap.shorten(why, 80)}); connect to the "
@@ -456,10 +526,9 @@ def write_stories(seed=0):
 # Writing --------------------------------------------------------------------------------------------------
 
 def encode(encoding, pieces, dtype):
-    """The tokens of `pieces` as one array; a marker inside a piece is ordinary text, None is end-of-text."""
-    end = np.array([encoding.eot_token], np.uint32)
-    return np.concatenate([end if piece is None else encoding.encode_to_numpy(piece, disallowed_special=())
-                           for piece in pieces]).astype(dtype)
+    """The tokens of `pieces`, which are text or tokens; a marker inside a text is ordinary text."""
+    return np.concatenate([encoding.encode_to_numpy(piece, disallowed_special=()) if isinstance(piece, str)
+                           else np.array(piece, np.uint32) for piece in pieces]).astype(dtype)
 
 
 class TokenFile:
@@ -467,12 +536,14 @@ class TokenFile:
 
     def __init__(self, file, encoding, dtype, pool):
         self.file, self.pool, self.encode = file, pool, lambda pieces: encode(encoding, pieces, dtype)
+        self.start, self.end, self.previous = encoding.prefix, [encoding.eot_token], None
         self.jobs, self.batch, self.size = deque(), [], 0
         self.stories = self.tokens = 0
 
     def add(self, piece):
         self.stories += piece is None
-        self.batch.append(piece)
+        self.batch += [self.end] if piece is None else [piece] if self.previous else [self.start, piece]
+        self.previous = piece
         self.size += len(piece or "") + 50  # of short pieces, the arrays are what fills the memory
         if self.size > PIECE:
             self.flush(waiting=WORKERS)
@@ -599,6 +670,7 @@ def prepare(args):
         print(f"{out / name}: {file.stories:,} stories, {file.tokens:,} tokens, "
               f"{file.tokens * dtype.itemsize / 1e6:,.1f} MB")
     flag = "" if args.out_dir == "data" else f" --data_dir {shlex.quote(args.out_dir)}"
+    flag += f" --init_from {shlex.quote(args.tokenizer)}" if isinstance(encoding, FolderTokenizer) else ""
     print(f"Tokenizer {encoding.name} ({encoding.n_vocab:,} different tokens), {time.time() - start:.1f} s.")
     print(f"Next: python gemma270m.py{flag}")
 
@@ -627,7 +699,8 @@ def main(argv=None):
     parser.add_argument("--limit", type=positive, metavar="N",
                         help="at most N training stories; TinyStories then gives N/100 for validation, "
                         "but no less than 100")
-    parser.add_argument("--tokenizer", choices=("gpt2", "bytes"), help="gpt2 unless it is out of reach")
+    parser.add_argument("--tokenizer", metavar="NAME", help="gpt2, bytes, or a folder with tokenizer.json, "
+                        "also by its name on the hub; gpt2 unless it is out of reach")
     parser.add_argument("--out_dir", default="data", metavar="DIR", help="where to write (default: data)")
     args = parser.parse_args(argv)
     if args.val_input and not args.input:

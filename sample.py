@@ -1,12 +1,13 @@
-"""Continues a prompt with a model that gemma270m.py trained, and shows the text as it comes.
+"""Continues a prompt with a model that gemma270m.py trained, and shows the text as it comes; or exports it.
 
     python sample.py --ckpt out.pt --prompt "Once upon a time"
     python sample.py --ckpt out.pt --prompt FILE:start.txt --num_samples 4 --temperature 0.7
+    python sample.py --ckpt FOLDER              # with a model and tokenizer that transformers reads
+    python sample.py --ckpt out.pt --export FOLDER
 
 The text goes to standard output; speed and reason for the end go to standard error.
 """
 import argparse
-import codecs
 import sys
 import time
 from pathlib import Path
@@ -21,20 +22,18 @@ class Text:
     """The text of tokens that come one by one; a character appears once its last byte is there."""
     def __init__(self, tokenizer, end):
         self.tokenizer, self.end, self.content, self.ended = tokenizer, end, "", False
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.waiting = []  # tokens whose last character may want more bytes
 
     def add(self, token):
         """Takes a token and returns the characters that it completes; none from end-of-text on."""
         self.ended = self.ended or token == self.end
         known = not self.ended and token < self.tokenizer.n_vocab  # a padded vocabulary has more
-        data = self.tokenizer.decode_single_token_bytes(token) if known else b""
-        return self.show(self.decoder.decode(data))
+        self.waiting += [token] if known else []
+        return "" if self.tokenizer.decode(self.waiting).endswith("\ufffd") else self.finish()
 
     def finish(self):
-        """Returns what stands for a character that was never completed."""
-        return self.show(self.decoder.decode(b"", final=True))
-
-    def show(self, characters):
+        """Returns the characters of the tokens that wait, with U+FFFD for what was never completed."""
+        characters, self.waiting = self.tokenizer.decode(self.waiting), []
         self.content += characters
         return characters
 
@@ -50,25 +49,37 @@ def read_prompt(prompt):
         raise ValueError(f"prompt: {path} cannot be read as UTF-8 text: {error}") from None
 
 
+def load(ckpt):
+    """The model of a checkpoint or of a folder, its tokenizer and end-of-text token. Raises ValueError."""
+    if not (ckpt.endswith(".pt") or Path(ckpt).is_file()):
+        model, tokenizer = Gemma.from_pretrained(ckpt), load_tokenizer(ckpt)
+        return model, tokenizer, tokenizer.eot_token
+    state = load_checkpoint(ckpt)
+    require({"tokenizer", "end_of_text"} <= state["data"].keys(), f"{ckpt} does not name its tokenizer")
+    model = Gemma(state["model_config"])
+    model.load_state_dict(state["model"])
+    return model, load_tokenizer(state["data"]["tokenizer"]), state["data"]["end_of_text"]
+
+
 def sample(args):
     """Prints args.num_samples continuations of args.prompt. Raises ValueError for what cannot be done."""
     require(args.num_samples > 0, f"num_samples cannot be {args.num_samples}")
     require(args.seed is None or abs(args.seed) < 2 ** 63, f"seed cannot be {args.seed}")
     require(args.max_new_tokens is None or args.max_new_tokens > 0, "max_new_tokens must be at least 1")
     prompt, device = read_prompt(args.prompt), pick_device(args.device)
-    state = load_checkpoint(args.ckpt)
-    require({"tokenizer", "end_of_text"} <= state["data"].keys(), f"{args.ckpt} does not name its tokenizer")
-    config, end = state["model_config"], state["data"]["end_of_text"]
-    tokenizer = load_tokenizer(state["data"]["tokenizer"])
-    start = [end, *tokenizer.encode_ordinary(prompt)]  # in training each document follows an end-of-text
+    model, tokenizer, end = load(args.ckpt)
+    if args.export:
+        model.save_pretrained(args.export, tokenizer)
+        print(f"{args.export}: {model.num_parameters():,} parameters, tokenizer {tokenizer.name}")
+        return
+    config, start = model.config, tokenizer.prefix or [end]  # in training each document follows one of these
+    start = [*start, *tokenizer.encode_ordinary(prompt)]
     fits = max(start) < config.vocab_size
     require(fits, f"prompt: token {max(start)} is beyond the vocabulary of {config.vocab_size}")
     room = config.context_length - len(start)
     require(room > 0, f"prompt: {len(start)} tokens leave no room in a context of {config.context_length}")
     wanted = args.max_new_tokens or (1024 if tokenizer.name == "bytes" else 256)  # a story in either
 
-    model = Gemma(config)
-    model.load_state_dict(state["model"])
     dtype, _ = pick_dtype(args.dtype, device)
     model.to(device, dtype)
     if args.compile:  # with these options, products with one row become kernels of their own
@@ -101,7 +112,9 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"sample.py: error: {message}\n")
     add = parser.add_argument
-    add("--ckpt", default="out.pt", help="checkpoint of gemma270m.py (default: %(default)s)")
+    add("--ckpt", default="out.pt", help="checkpoint of gemma270m.py, or a folder that transformers "
+        "reads, or its name on the hub (default: %(default)s)")
+    add("--export", metavar="FOLDER", help="write the model there for transformers, and end")
     add("--prompt", default="", help="text to continue, or FILE:PATH; without one a new document starts")
     add("--num_samples", type=int, default=1, help="continuations in one batch (default: %(default)s)")
     add("--max_new_tokens", type=int, help="longest continuation (default: 256; 1024 if tokens are bytes)")

@@ -12,9 +12,11 @@ import gzip
 import io
 import itertools
 import json
+import logging
 import lzma
 import math
 import multiprocessing
+import operator
 import os
 import pickle
 import random
@@ -26,7 +28,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from dataclasses import fields, replace
 from pathlib import Path
 from unittest import mock
@@ -38,11 +42,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig,
+                          PreTrainedTokenizerFast, pipeline)
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 import gemma270m
@@ -1149,7 +1156,8 @@ def test_dtype_on_a_cpu_is_the_faster_one(full, half, dtype, monkeypatch):
 
 @pytest.fixture(scope="session")
 def workplace(data, whole, tmp_path_factory):
-    """A folder with a checkpoint, its data in data, and data that do not fit in cut, large and other."""
+    """A folder with a checkpoint, its data in data, data that do not fit in cut, large and other, and in
+    model one that transformers reads, without a tokenizer."""
     folder = tmp_path_factory.mktemp("workplace")
     settings = {**whole["train_config"], "data_dir": "data", "out": "out.pt"}
     save_checkpoint(folder / "out.pt", {**whole, "train_config": settings})
@@ -1157,10 +1165,13 @@ def workplace(data, whole, tmp_path_factory):
     for name, change in changes.items():
         write_data(folder / name, *load_data(data)[:2], **change)
     os.truncate(folder / "cut" / "train.bin", 500)
+    Gemma(GemmaConfig(**SHAPE)).save_pretrained(folder / "model")
     return folder
 
 
 @pytest.mark.parametrize("wrong", (
+    "--init_from=nowhere --out=new.pt", "--init_from=data --out=new.pt", "--init_from=model --out=new.pt",
+    "--init_from=model --bench --emb_dim=24",
     "--data_dir=nowhere", "--data_dir=cut", "--data_dir=large", "--block_size=40000", "--grad_accum=0",
     "--max_iters=1", "--no_such_flag=1", "--batch=2", "word", "--lr=nan", "--lr=fast", "--dtype=foo",
     "--device=foo", "--preset=foo", "--n_kv_groups=3", "--seed=-1", "--context_length=2000 --block_size=700",
@@ -1378,9 +1389,9 @@ def test_byte_tokenizer_is_bytes():
     assert encoding.encode(END, allowed_special="all") == [256]
 
 
-def test_unknown_tokenizer():
-    with pytest.raises(ValueError, match="unknown tokenizer 'gpt5'"):
-        prepare.load_tokenizer("gpt5")
+def test_unknown_tokenizer(tmp_path, one, capsys):
+    assert run_prepare(tmp_path, "--input", one, "--tokenizer", "gpt5") == 1
+    one_error(capsys, "unknown tokenizer 'gpt5'", "gpt2", "bytes", "folder")
 
 
 # Cutting
@@ -1486,9 +1497,8 @@ def test_globs_and_several_files_in_order(tmp_path, one):
 
 
 def test_uint32_for_a_large_vocabulary(tmp_path, one, monkeypatch):
-    import tiktoken
-    large = tiktoken.Encoding("large", pat_str=r"(?s:.)", mergeable_ranks={bytes([i]): i for i in range(256)},
-                              special_tokens={END: 70_000})
+    large = prepare.Encoding("large", pat_str=r"(?s:.)", mergeable_ranks={bytes([i]): i for i in range(256)},
+                             special_tokens={END: 70_000})
     monkeypatch.setattr(prepare, "load_tokenizer", lambda name, timeout=60: large)
     assert run_prepare(tmp_path, "--input", one, "--val_input", one) == 0
     meta = meta_of(tmp_path)
@@ -1613,7 +1623,7 @@ def test_a_failure_leaves_no_new_folder(tmp_path, one, capsys):
 
 @pytest.mark.parametrize("argv, word", [
     (["--limit", "0"], "--limit"), (["--limit", "-3"], "--limit"), (["--limit", "1.5"], "--limit"),
-    (["--limit", "\u00b2"], "--limit"), (["--tokenizer", "gpt5"], "gpt5"), (["--input"], "--input"),
+    (["--limit", "\u00b2"], "--limit"), (["--input"], "--input"),
     (["--no_such_flag"], "--no_such_flag"), (["--lim", "3"], "--lim"), (["--val_input", "a.txt"], "--input"),
     (["stray"], "stray")])
 def test_bad_flags_are_one_line_and_status_2(tmp_path, capsys, argv, word):
@@ -1828,7 +1838,7 @@ def test_characters_appear_once_their_bytes_are_complete(text):
     shown = sample.Text(prepare.load_tokenizer("bytes"), end=256)
     pieces = [shown.add(token) for token in (*tokens, 256, 65)]
     assert "".join(pieces) + shown.finish() == shown.content == text and shown.ended
-    assert all(len(piece) <= 1 for piece in pieces)
+    assert all(len(piece) <= 1 or "\ufffd" in piece for piece in pieces)
 
 
 def test_greedy_sampling_prints_what_generate_returns(story_teller, capsys):
@@ -1876,21 +1886,365 @@ def test_any_wrong_sampling_flags_give_one_line_that_names_one_of_them(workplace
     assert any(name in line or f"{value} " in line for name, value in wrong.items())
 
 
+# ---- folders of transformers -------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def no_warning():
+    """Fails if anything inside warns, in Python's way or in that of transformers."""
+    lines, handler = [], logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            yield
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert not lines
+
+
+def canonical(config):
+    """Where no layer is full, any full_attention_every beyond their number says so."""
+    return replace(config, full_attention_every=min(config.full_attention_every, config.n_layers + 1))
+
+
+def edit_config(folder, **changes):
+    """Changes values of config.json; those that become ... are left out."""
+    given = {**json.loads((folder / "config.json").read_text()), **changes}
+    given = {name: value for name, value in given.items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(given))
+
+
+def gemma_tokenizer():
+    """A tokenizer built as Gemma's is: BPE with bytes to fall back on, a <bos> before each text, and a
+    special token that has no row in the model. -> the tokenizer, the number of rows"""
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)),
+              *"\u2581abcdehnt.", "th", "the", "\u2581the", "an", "\u2581\u2581", "\n\n"]
+    merges = [("t", "h"), ("th", "e"), ("\u2581", "the"), ("a", "n"), ("\u2581", "\u2581")]
+    made = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges, unk_token="<unk>",
+                                byte_fallback=True, fuse_unk=True))
+    made.normalizer = normalizers.Replace(" ", "\u2581")
+    made.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(),
+                                      decoders.Fuse()])
+    made.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 2)])
+    made.add_special_tokens([AddedToken(token) for token in (*tokens[:4], "<image_soft_token>")])
+    made.add_tokens([AddedToken(token, normalized=False) for token in tokens[-2:]])
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<bos>", eos_token="<eos>",
+                                   pad_token="<pad>", unk_token="<unk>"), len(tokens)
+
+
+@pytest.fixture(scope="session")
+def gemma_folder(tmp_path_factory):
+    """A folder in the layout of google/gemma-3-270m, with a small random model, written by transformers."""
+    tokenizer, rows = gemma_tokenizer()
+    peer, _ = transformers_peer(GemmaConfig(**{**SHAPE, "vocab_size": rows, "context_length": 512}), 0)
+    folder = tmp_path_factory.mktemp("hub") / "gemma"
+    peer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@few
+@given(config=shapes, dtype=st.sampled_from((torch.float32, torch.bfloat16)), seed=seeds,
+       shard=st.sampled_from(("5GB", "2KB")))
+def test_a_folder_that_transformers_wrote_gives_its_config_and_logits(config, dtype, seed, shard):
+    with tempfile.TemporaryDirectory() as folder:
+        transformers_peer(config, seed)[0].to(dtype).save_pretrained(folder, max_shard_size=shard)
+        peer = Gemma3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model, tokens = Gemma.from_pretrained(folder), some_tokens(config, 2, 30, seed)
+    assert model.config == canonical(config)
+    assert all(weight.dtype == torch.float32 and weight.requires_grad for weight in model.parameters())
+    assert_close(model(tokens), peer(tokens).logits, atol=1e-4, rtol=0)
+
+
+@few
+@given(config=shapes, seed=seeds)
+def test_tensors_and_config_survive_the_way_to_transformers_and_back(config, seed):
+    model = randomize(Gemma(config), seed)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(f"{folder}/ours")
+        with no_warning():
+            peer, info = AutoModelForCausalLM.from_pretrained(f"{folder}/ours", output_loading_info=True)
+        assert type(peer) is Gemma3ForCausalLM and not any(info.values())
+        tokens = some_tokens(config, 2, 30, seed)
+        assert_close(peer(tokens).logits, model(tokens), atol=1e-4, rtol=0)
+        peer.save_pretrained(f"{folder}/theirs")
+        back = Gemma.from_pretrained(f"{folder}/theirs")
+    assert back.config == canonical(config)
+    assert_equal(dict(back.state_dict()), dict(model.state_dict()))
+
+
+def test_the_older_spelling_of_config_json_means_the_same(gemma_folder, tmp_path):
+    shutil.copytree(gemma_folder, tmp_path, dirs_exist_ok=True)
+    edit_config(tmp_path, rope_parameters=..., rope_theta=5e5, rope_local_base_freq=7e3, rope_scaling=None,
+                layer_types=..., sliding_window_pattern=3, tie_word_embeddings=...,
+                attn_logit_softcapping=..., use_bidirectional_attention=None)
+    expected = replace(Gemma.from_pretrained(gemma_folder).config, rope_base=5e5, rope_local_base=7e3)
+    assert Gemma.from_pretrained(tmp_path).config == expected
+    assert expected.full_attention_every == 3 and expected.tie_embeddings
+    edit_config(tmp_path, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+    assert Gemma.from_pretrained(tmp_path).config.full_attention_every == 2
+
+
+@pytest.mark.parametrize("name, value", (
+    ("model_type", "gemma2"), ("architectures", ["Gemma3ForSequenceClassification"]),
+    ("attention_bias", True), ("final_logit_softcapping", 30.0), ("attn_logit_softcapping", 50.0),
+    ("hidden_activation", "silu"), ("use_bidirectional_attention", True), ("attention_dropout", 0.1),
+    ("rope_scaling", {"rope_type": "linear", "factor": 8.0}),
+    ("rope_parameters", {"full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}),
+    ("layer_types", ["full_attention", "sliding_attention", "sliding_attention"]), ("hidden_size", ...),
+    ("num_attention_heads", 0), ("head_dim", "8"), ("sliding_window", None), ("sliding_window", 6.0),
+    ("vocab_size", 99)))
+def test_what_is_not_implemented_is_refused_by_name(name, value, gemma_folder, tmp_path, capsys):
+    shutil.copytree(gemma_folder, tmp_path, dirs_exist_ok=True)
+    edit_config(tmp_path, **{name: value})
+    ours = {"num_attention_heads": "n_heads", "vocab_size": "embed_tokens.weight"}.get(name, name)
+    with pytest.raises(SystemExit) as stopped:
+        sample.main(["--ckpt", str(tmp_path)])
+    line = capsys.readouterr().err
+    assert stopped.value.code == 2 and re.fullmatch(r"sample\.py: error: .*\n", line)
+    assert str(tmp_path) in line and ours in line
+
+
+@pytest.mark.parametrize("wrong, word", (
+    (lambda weights: weights.pop("model.norm.weight"), "norm.weight"),
+    (lambda weights: weights.update({"lm_head.weight": torch.zeros(2, 2)}), "lm_head.weight"),
+    (lambda weights: weights.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(2)}), "q_proj.bias"),
+    (lambda weights: weights.update({"model.norm.weight": torch.zeros(3)}), "norm.weight"),
+    (lambda weights: weights["model.norm.weight"].fill_(math.nan), "norm.weight"),
+    (lambda weights: weights.update({"model.norm.weight": torch.zeros(16).int()}), "norm.weight"),
+    (lambda weights: weights.clear(), "embed_tokens.weight")))
+def test_missing_and_unknown_tensors_are_refused_by_name(wrong, word, gemma_folder, tmp_path):
+    shutil.copytree(gemma_folder, tmp_path, dirs_exist_ok=True)
+    wrong(weights := load_file(tmp_path / "model.safetensors"))
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"^{tmp_path} cannot be loaded: .*{word}.*$"):
+        Gemma.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ("config.json", "model.safetensors"))
+def test_a_missing_file_of_a_folder_raises_value_error(name, gemma_folder, tmp_path):
+    shutil.copytree(gemma_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        Gemma.from_pretrained(tmp_path)
+
+
+def loaded_or_refused(folder):
+    """The model of a folder, or None if it is refused in one line."""
+    try:
+        return Gemma.from_pretrained(folder)
+    except ValueError as error:
+        assert re.fullmatch(rf"{folder} cannot be loaded: .+", str(error))
+
+
+@given(damage=damages())
+def test_damaged_weights_are_as_the_file_has_them_or_refused_in_one_line(gemma_folder, tmp_path_factory,
+                                                                         damage):
+    folder = shutil.copytree(gemma_folder, tmp_path_factory.mktemp("damaged"), dirs_exist_ok=True)
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(damaged := damage(content))
+    if model := loaded_or_refused(folder):
+        changed = len(content) - sum(map(operator.eq, content, damaged))  # the format has no checksum
+        before, after = (nn.utils.parameters_to_vector(m.parameters())
+                         for m in (Gemma.from_pretrained(gemma_folder), model))
+        assert after.isfinite().all() and (before != after).sum() <= changed
+
+
+json_values = st.recursive(st.none() | st.booleans() | st.integers(-2, 2 ** 70) | st.floats() | st.text(),
+                           lambda values: st.lists(values) | st.dictionaries(st.text(), values), max_leaves=3)
+
+
+@given(damage=damages(), data=st.data())
+def test_a_damaged_config_gives_a_model_that_runs_or_is_refused_in_one_line(gemma_folder, tmp_path_factory,
+                                                                            damage, data):
+    folder = shutil.copytree(gemma_folder, tmp_path_factory.mktemp("damaged"), dirs_exist_ok=True)
+    before = (folder / "config.json").read_bytes()
+    known = {*gemma270m.official_config(GemmaConfig()), "rope_parameters"} & json.loads(before).keys()
+    (folder / "config.json").write_bytes(damage(before))
+    if data.draw(st.booleans()):
+        changes = st.dictionaries(st.sampled_from(sorted(known)), json_values, min_size=1, max_size=2)
+        (folder / "config.json").write_bytes(before)
+        edit_config(folder, **data.draw(changes))
+    if model := loaded_or_refused(folder):
+        model.generate(torch.zeros(1, min(9, model.config.context_length - 1), dtype=torch.long), 1)
+
+
+def test_a_name_on_the_hub_is_fetched_from_there(gemma_folder, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(gemma_folder))
+    assert Gemma.from_pretrained("google/gemma").config.context_length == 512
+    assert prepare.load_tokenizer("google/gemma").name == "google/gemma"
+
+    def unreachable(name, allow_patterns):
+        raise ConnectionError("no\nnetwork")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    with pytest.raises(SystemExit):
+        sample.main(["--ckpt", "google/gemma"])
+    assert re.fullmatch(r"sample\.py: error: google/gemma cannot.*network.*\n", capsys.readouterr().err)
+    with pytest.raises(ValueError, match="google/gemma"):
+        prepare.load_tokenizer("google/gemma")
+
+
+@tokenizers
+def test_an_exported_model_tells_the_same_in_a_pipeline(run, tmp_path, tokenizer, one, capsys):
+    assert run_prepare(tmp_path, "--input", one, "--val_input", one, "--tokenizer", tokenizer) == 0
+    run(data_dir=tmp_path / "data", out=tmp_path / "out.pt", block_size=2, vocab_size=50_257)
+    capsys.readouterr()
+    sample.main(["--ckpt", str(tmp_path / "out.pt"), "--export", str(tmp_path / "export")])
+    sample.main(["--ckpt", str(tmp_path / "out.pt"), "--prompt=val", "--temperature=0", "--dtype=float32",
+                 "--max_new_tokens=40"])
+    told = capsys.readouterr().out.splitlines()[1]
+    with no_warning():
+        pipe = pipeline("text-generation", str(tmp_path / "export"))
+        answer = pipe(END + "val", max_new_tokens=40, do_sample=False)[0]["generated_text"]
+    assert answer.removeprefix(END).removesuffix(END) == told
+    encoding, back = prepare.load_tokenizer(tokenizer), prepare.load_tokenizer(str(tmp_path / "export"))
+    assert (back.n_vocab, back.eot_token, back.prefix) == (encoding.n_vocab, encoding.eot_token, [])
+
+    @given(text=texts)
+    def same(text):
+        tokens = encoding.encode_ordinary(text)
+        assert back.encode_ordinary(text) == tokens and back.decode(tokens) == text
+        assert END in text or pipe.tokenizer(text)["input_ids"] == tokens
+    same()
+    assert_equal(dict(Gemma.from_pretrained(tmp_path / "export").state_dict()),
+                 load_checkpoint(tmp_path / "out.pt")["model"])
+
+
+@given(text=texts | st.text("abcdehnt. <>eos\n"))
+@example("<eos>the <bos>")
+@example("  the\n\n   an")
+def test_the_tokenizer_of_a_folder_gives_the_tokens_of_transformers_and_the_text_back(gemma_folder, text):
+    tokenizer, peer = prepare.load_tokenizer(str(gemma_folder)), AutoTokenizer.from_pretrained(gemma_folder)
+    tokens, text = tokenizer.encode_ordinary(text), text.replace("\u2581", " ")
+    assert tokenizer.decode(tokens) == text and not {0, 1, 2, 3} & {*tokens}
+    assert max(tokens, default=0) < tokenizer.n_vocab
+    if not re.search("<(eos|bos|pad|unk|image_soft_token)>", text):
+        assert tokenizer.prefix + tokens == peer(text)["input_ids"]
+    shown = sample.Text(tokenizer, tokenizer.eot_token)
+    assert "".join(map(shown.add, tokens)) + shown.finish() == text
+
+
+def test_an_added_token_of_a_byte_level_tokenizer_stands_for_itself(tmp_path):
+    prepare.load_tokenizer("bytes").save_pretrained(tmp_path)
+    given = json.loads((tmp_path / "tokenizer.json").read_text())
+    end, = given["added_tokens"]
+    given["added_tokens"].append({**end, "id": 257, "content": "\u4e2d ", "special": False})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(given))
+    tokenizer = prepare.load_tokenizer(str(tmp_path))
+    assert tokenizer.encode_ordinary("a\u4e2d b") == [97, 257, 98] and tokenizer.n_vocab == 258
+    assert tokenizer.decode([97, 257, 98]) == "a\u4e2d b"
+
+
+def test_documents_start_and_end_as_the_folder_has_it(gemma_folder, tmp_path, one):
+    documents = write(tmp_path / "in.txt", ["the the", "an " * 300_000, "b"])  # the second comes in pieces
+    (folder := tmp_path / "tokenizer").mkdir()
+    cut = json.loads((gemma_folder / "tokenizer.json").read_text())
+    cut["truncation"] = dict(direction="Right", max_length=4, strategy="LongestFirst", stride=0)
+    (folder / "tokenizer.json").write_text(json.dumps(cut))
+    shutil.copy(gemma_folder / "tokenizer_config.json", folder)
+    assert run_prepare(tmp_path, "--input", documents, "--val_input", one, "--tokenizer", folder) == 0
+    meta, tokens = meta_of(tmp_path), tokens_of(tmp_path, "train")
+    assert (meta["tokenizer"], meta["end_of_text"]) == (str(folder), 1)
+    assert meta["vocab_size"] == Gemma.from_pretrained(gemma_folder).config.vocab_size
+    parts = np.split(tokens, np.flatnonzero(tokens == 2))[1:]
+    texts = [prepare.load_tokenizer(str(folder)).decode(part.tolist()[1:-1]) for part in parts]
+    assert texts == ["the the", "an " * 300_000, "b"] and all(part[-1] == 1 for part in parts)
+
+
+@pytest.mark.parametrize("name, wrong", (
+    ("tokenizer.json", None), ("tokenizer_config.json", None), ("tokenizer.json", "{"),
+    ("tokenizer_config.json", "{}"), ("tokenizer_config.json", '{"eos_token": "<end>"}'),
+    ("tokenizer.json", Tokenizer(models.WordLevel({"<eos>": 0}, "<eos>")).to_str())))
+def test_an_unusable_tokenizer_of_a_folder_gives_one_line(name, wrong, gemma_folder, tmp_path, one, capsys):
+    shutil.copytree(gemma_folder, tmp_path / "folder")
+    (tmp_path / "folder" / name).unlink() if wrong is None else (tmp_path / "folder" / name).write_text(wrong)
+    assert run_prepare(tmp_path, "--input", one, "--tokenizer", tmp_path / "folder") == 1
+    one_error(capsys, tmp_path / "folder")
+    assert not (tmp_path / "data").exists()
+
+
+def test_fine_tuning_a_folder_lowers_its_loss_and_can_be_resumed_sampled_and_exported(
+        gemma_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(gemma_folder, "gemma")
+    write(tmp_path / "mine.txt", ["the the an. " * 9] * 60)
+    assert run_prepare(tmp_path, "--input", "mine.txt", "--tokenizer", "gemma") == 0
+    assert "--init_from gemma" in capsys.readouterr().out
+    given = dict(init_from=tmp_path / "gemma", device="cpu", dtype="float32", block_size=32, lr=1e-2,
+                 max_iters=80, warmup_iters=8)
+    main(flags(**given))
+    lines = capsys.readouterr().out
+    assert "finetune" in lines and "lr 0.01" in lines and "gemma" in lines
+    state = load_checkpoint("out.pt")
+    losses = column(state, "val_loss")
+    start = evaluate(Gemma.from_pretrained("gemma"), load_data("data")[1], state["train_config"],
+                     contextlib.nullcontext())
+    assert losses[0] == pytest.approx(start, rel=1e-5)
+    assert losses[-1] < losses[0] - 1
+    shutil.move("gemma", "elsewhere")  # a checkpoint needs the folder for its tokenizer only
+    main(["--resume", "--max_iters=100"])
+    assert load_checkpoint("out.pt")["iteration"] == 100
+    shutil.move("elsewhere", "gemma")
+    capsys.readouterr()
+    sample.main(["--ckpt=out.pt", "--prompt=the", "--temperature=0", "--max_new_tokens=9", "--dtype=float32"])
+    told = capsys.readouterr().out
+    assert told.startswith("the ")
+    sample.main(["--ckpt=out.pt", "--export=tuned"])
+    capsys.readouterr()
+    sample.main(["--ckpt=tuned", "--prompt=the", "--temperature=0", "--max_new_tokens=9", "--dtype=float32"])
+    assert capsys.readouterr().out == told
+    with no_warning():
+        answer = pipeline("text-generation", "tuned")("the", max_new_tokens=9, do_sample=False)
+    assert answer[0]["generated_text"] == told.removesuffix("\n")
+
+
+def test_an_export_is_whole_or_not_there(gemma_folder, tmp_path, monkeypatch, capsys):
+    model, (tokenizer, _) = Gemma.from_pretrained(gemma_folder), gemma_tokenizer()
+    model.save_pretrained(tmp_path / "export", tokenizer)
+    names = {path.name for path in (tmp_path / "export").iterdir()}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    before = (tmp_path / "export" / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(SystemExit):
+        sample.main(["--ckpt", str(gemma_folder), "--export", str(tmp_path / "export")])
+    assert re.fullmatch(r"sample\.py: error: .*export is not empty.*\n", capsys.readouterr().err)
+    assert (tmp_path / "export" / "model.safetensors").stat().st_mtime_ns == before
+    assert Gemma3ForCausalLM.from_pretrained(tmp_path / "export").model.embed_tokens.padding_idx is None
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        model.save_pretrained(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == ""
+    (tmp_path / "file").unlink()
+    monkeypatch.setattr(Path, "write_text", mock.Mock(side_effect=OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        model.save_pretrained(tmp_path / "other")
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "transformers.convert_slow_tokenizer", None)
+    with pytest.raises(ValueError, match="transformers"):
+        model.save_pretrained(tmp_path / "other", prepare.load_tokenizer("bytes"))
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
 # ---- README.md ---------------------------------------------------------------------------------------
 
 README = Path(gemma270m.__file__).with_name("README.md").read_text()
-SMALL = ("--preset=tiny --device=cpu --max_iters=2 --grad_accum=2 --batch_size=1 --block_size=64 "
-         "--n_layers=2 --eval_tokens=64 --no-compile").split()
+RUN = ("--device=cpu --max_iters=2 --grad_accum=2 --batch_size=1 --block_size=64 --eval_tokens=64 "
+       "--no-compile").split()
+SMALL = [*RUN, "--preset=tiny", "--n_layers=2"]
 
 
-def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
+def test_the_commands_of_the_readme_run(gemma_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    vocabulary = prepare.load_tokenizer("bytes")  # stands for GPT-2's, which may be out of reach
-    monkeypatch.setattr(prepare, "load_tokenizer", lambda name, timeout=60: vocabulary)
+    shutil.copytree(gemma_folder, "gemma-3-270m")
+    real, vocabulary = prepare.load_tokenizer, prepare.load_tokenizer("bytes")
+    monkeypatch.setattr(prepare, "load_tokenizer",  # bytes stand for GPT-2, which may be out of reach
+                        lambda name, timeout=60: vocabulary if name == "gpt2" else real(name, timeout))
     for name in ("mine.txt", "held_out.txt", "start.txt"):
         Path(name).write_text(prepare.END_OF_TEXT.join(f"A story of {i} mice. The end." for i in range(99)))
     programs = {"prepare.py": lambda args: prepare.main([*args, "--limit=500"]),
-                "gemma270m.py": lambda args: main([*args, *SMALL]),
+                "gemma270m.py": lambda args: main([*args, *(RUN if "--init_from" in args else SMALL)]),
                 "sample.py": lambda args: sample.main([*args, "--max_new_tokens=9"])}
     lines = "".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL)).splitlines()
     commands = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]

@@ -8,7 +8,7 @@
 Gemma 3 Technical Report: arXiv 2503.19786. Letters in shapes: B sequences of T tokens, S positions attended
 to, E emb_dim, H query heads, G key/value heads (n_kv_groups), D head_dim, V vocab_size, W sliding_window.
 """
-import argparse, copy, functools, inspect, json, math, os, re, signal, time, zipfile, zlib
+import argparse, copy, functools, inspect, json, math, os, re, signal, tempfile, time, zipfile, zlib
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 
@@ -25,11 +25,11 @@ def require(condition, message):
     """Raises ValueError(message) unless the condition holds."""
     if not condition:
         raise ValueError(message)
-def require_positive(config, or_zero=()):
-    """Raises ValueError naming the first number of a config that is not positive or beyond 2^63."""
-    for name, value in vars(config).items():
-        fits = type(value) not in (int, float) or 0 < value < 2 ** 63 or value == 0 and name in or_zero
-        require(fits, f"{name} cannot be {value}")
+def require_valid(config, or_zero=()):
+    """Raises ValueError naming the first field of a config with a wrong type, or that is not positive."""
+    for f, value in zip(fields(config), astuple(config)):
+        fits = isinstance(value, (f.type, int)) and (f.type in (bool, str) or 0 < value < 2 ** 63)
+        require(fits or value == f.default or value == 0 and f.name in or_zero, f"{f.name} cannot be {value}")
 
 @dataclass
 class GemmaConfig:
@@ -50,7 +50,7 @@ class GemmaConfig:
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
     tie_embeddings: bool = True  # one matrix for input embedding and output head
     def __post_init__(self):
-        require_positive(self)
+        require_valid(self)
         require(self.n_heads % self.n_kv_groups == 0, f"n_kv_groups must divide n_heads, {self.n_heads}")
         require(self.head_dim % 2 == 0, "head_dim must be even: RoPE turns pairs")
     @property
@@ -62,9 +62,10 @@ OFFICIAL = (  # the fields in the same order, as config.json of transformers' Ge
     "vocab_size max_position_embeddings hidden_size num_hidden_layers num_attention_heads "
     "num_key_value_heads head_dim intermediate_size sliding_window sliding_window_pattern "
     "rope_local_base_freq rope_theta query_pre_attn_scalar rms_norm_eps tie_word_embeddings").split()
-IMPLEMENTED = {"model_type": "gemma3_text", "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False,
-               "attn_logit_softcapping": None, "final_logit_softcapping": None, "rope_scaling": None,
-               "use_bidirectional_attention": False}  # what else it may say
+IMPLEMENTED = {  # what else it may say
+    "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "attention_bias": False,
+    "hidden_activation": "gelu_pytorch_tanh", "attention_dropout": 0.0, "attn_logit_softcapping": None,
+    "final_logit_softcapping": None, "rope_scaling": None, "use_bidirectional_attention": False}
 
 PRESETS = {"270m": {}, "tiny": dict(  # sets of flags; any flag given beside --preset wins
     emb_dim=128, n_layers=6, n_heads=2, head_dim=32, hidden_dim=384, sliding_window=128,
@@ -102,7 +103,7 @@ class TrainConfig:
     compile: bool = None  # torch.compile the model; on CUDA if not given
     checkpoint_activations: bool = False  # recompute blocks in the backward pass: less memory, more time
     def __post_init__(self):
-        require_positive(self, "warmup_iters min_lr beta1 beta2 weight_decay grad_clip seed".split())
+        require_valid(self, "warmup_iters min_lr beta1 beta2 weight_decay grad_clip seed".split())
         require(self.min_lr is None or self.min_lr <= self.lr, f"min_lr {self.min_lr} exceeds lr {self.lr}")
         require(max(self.beta1, self.beta2) < 1, f"beta1 {self.beta1} or beta2 {self.beta2} is too large")
         require(self.max_iters >= self.grad_accum, f"max_iters {self.max_iters} is less than one step")
@@ -245,8 +246,7 @@ class ChunkedLoss(torch.autograd.Function):
         return total
     @staticmethod
     def backward(ctx, scale):
-        x_grad, head_grad = ctx.saved_tensors
-        return x_grad.mul_(scale), head_grad.mul_(scale), None, None
+        return *(gradient.mul_(scale) for gradient in ctx.saved_tensors), None, None
 
 class Gemma(nn.Module):
     """Gemma 3: model(tokens) -> logits (B, T, V); model(tokens, targets) -> mean cross-entropy, a scalar.
@@ -298,8 +298,7 @@ class Gemma(nn.Module):
     @torch.inference_mode()
     def stream(self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_token=None,
                generator=None):
-        """Yields (B,) tokens, one position at a time, that continue tokens (B, T); temperature 0 is greedy.
-        Ends after max_new_tokens or when every row has produced stop_token, which rows repeat until then."""
+        """Yields (B,) tokens that follow tokens (B, T), up to stop_token in each row. Temperature 0: greedy."""
         (B, T), context = tokens.shape, self.config.context_length
         require(0 < T <= T + max_new_tokens <= context, f"{T} + {max_new_tokens} tokens, not 1 to {context}")
         fits = 0 <= temperature < 1e9 and (top_k is None or top_k > 0) and (top_p is None or 0 < top_p <= 1)
@@ -326,41 +325,43 @@ class Gemma(nn.Module):
         return torch.stack((*tokens.T, *self.stream(tokens, *args, **kwargs)), dim=1)
     @classmethod
     def from_pretrained(cls, folder):
-        """The Gemma3ForCausalLM of a folder that transformers reads, or of a repository on the hub, in
-        float32. Raises ValueError naming what is missing, unknown or not implemented here."""
+        """The Gemma3ForCausalLM in a folder or on the hub. Raises ValueError naming what does not fit."""
         try:
             if str(folder).count("/") == 1 and not os.path.isdir(folder):
                 folder = snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors"])
             given = {"tie_word_embeddings": True, **json.loads(Path(folder, "config.json").read_text())}
             for kind, rope in (given.get("rope_parameters") or {}).items():  # the newer spelling
                 given[{"full_attention": "rope_theta"}.get(kind, "rope_local_base_freq")] = rope["rope_theta"]
-                given["rope_scaling"] = given.get("rope_scaling") or rope["rope_type"].removeprefix("default")
+                require(rope["rope_type"] == "default", f"rope_parameters {rope} is not implemented")
             for name, value in IMPLEMENTED.items():
-                require(given.get(name) in (value, None, ""), f"{name} {given.get(name)} is not implemented")
+                require(given.get(name) in (value, None), f"{name} {given.get(name)} is not implemented")
             if types := given.get("layer_types"):
                 given["sliding_window_pattern"] = [*types, "full_attention"].index("full_attention") + 1
             config = GemmaConfig(*(given[name] for name in OFFICIAL))
             require(types in (None, config.layer_types), f"layer_types {types} is not implemented")
             files = map(load_file, Path(folder).glob("model*.safetensors"))
             weights = {name.removeprefix("model."): w for file in files for name, w in file.items()}
+            for name, w in weights.items():
+                require(w.is_floating_point() and w.isfinite().all(), f"{name} is not of finite floats")
             model = cls(config)
             model.load_state_dict(weights)
         except Exception as error:  # json, safetensors and the hub raise very different things
-            raise ValueError(f"{folder} cannot be loaded: {' '.join(str(error).split())}") from None
+            raise ValueError(f"{folder} cannot be loaded: {' '.join(str(error).split()):.300}") from None
         return model
     def save_pretrained(self, folder, tokenizer=None):
         """Writes a folder that transformers reads. Raises ValueError if there is something in it already."""
-        folder, ids = Path(folder), ("bos_token_id", "eos_token_id")
-        require(not any(folder.glob("*")), f"{folder} is not empty: name a new folder")
-        config = {"architectures": ["Gemma3ForCausalLM"], **IMPLEMENTED, "dtype": "float32",
-                  **dict(zip(OFFICIAL, astuple(self.config))), "layer_types": self.config.layer_types,
-                  "pad_token_id": None, **{name: getattr(tokenizer, name, None) for name in ids}}
+        require(not any(Path(folder).glob("*")), f"{folder} is not empty: name a new folder")
+        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos")}
+        config = {**IMPLEMENTED, **dict(zip(OFFICIAL, astuple(self.config))), "dtype": "float32", **ids,
+                  "layer_types": self.config.layer_types, "pad_token_id": None}
         weights = {("" if name == "lm_head.weight" else "model.") + name: weight.float().cpu()
                    for name, weight in self.state_dict().items()}
-        folder.mkdir(exist_ok=True)
-        tokenizer.save_pretrained(folder) if tokenizer is not None else None
-        save_file(weights, folder / "model.safetensors", {"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")  # last: so far nothing loads
+        with tempfile.TemporaryDirectory(dir=Path(folder).parent) as temporary:  # it appears when it is whole
+            (part := Path(temporary, "part")).mkdir()
+            tokenizer.save_pretrained(part) if tokenizer is not None else None
+            save_file(weights, part / "model.safetensors", {"format": "pt"})
+            (part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            part.replace(folder)
     def num_parameters(self):
         """Trainable numbers; those of a tied head count once."""
         return sum(weight.numel() for weight in self.parameters())
@@ -411,10 +412,9 @@ def learning_rate(config, step):
     """The rate of an update: linear warm-up to lr, then a cosine that reaches min_lr in the last one."""
     min_lr = config.lr / 10 if config.min_lr is None else config.min_lr
     iteration, last = (n * config.grad_accum for n in (step + 1, config.max_iters // config.grad_accum))
-    if iteration < config.warmup_iters:
-        return config.lr * iteration / config.warmup_iters
-    progress = min(1.0, (iteration - config.warmup_iters) / max(1, last - config.warmup_iters))
-    return min_lr + (config.lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    rise = min(1.0, iteration / max(1, config.warmup_iters))
+    progress = min(1.0, max(0, iteration - config.warmup_iters) / max(1, last - config.warmup_iters))
+    return rise * (min_lr + (config.lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2)
 @torch.no_grad()
 def evaluate(model, data, config, autocast, rank=0, world=1):
     """Mean loss over the same tokens each time, whatever the batch size and the number of processes."""
@@ -502,7 +502,7 @@ def train(config, model, data, state=None):
     say(f"model   {config.preset}, {model.num_parameters():,} parameters, {model.config.vocab_size:,} words\n"
         f"device  {world} x {device.type}, {str(dtype)[6:]} ({reason}){', compiled' * compiling}\n"
         f"data    {meta['tokenizer']}, {len(train_data):,} + {len(val_data):,} tokens, {epochs:.2f} epochs\n"
-        f"run     {steps:,} steps of {step_tokens:,} tokens, torch {torch.__version__}, to {config.out}")
+        f"run     {steps:,} steps of {step_tokens:,} tokens, lr {config.lr:g}, to {config.out}")
     weights = list(model.to(device).parameters())
     groups = [{"params": [w for w in weights if w.ndim > 1], "weight_decay": config.weight_decay},
               {"params": [w for w in weights if w.ndim == 1], "weight_decay": 0.0}]

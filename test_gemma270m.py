@@ -2062,7 +2062,8 @@ def test_a_damaged_config_gives_a_model_that_runs_or_is_refused_in_one_line(gemm
                                                                             damage, data):
     folder = shutil.copytree(gemma_folder, tmp_path_factory.mktemp("damaged"), dirs_exist_ok=True)
     before = (folder / "config.json").read_bytes()
-    known = {*gemma270m.official_config(GemmaConfig()), "rope_parameters"} & json.loads(before).keys()
+    known = {*gemma270m.OFFICIAL, *gemma270m.IMPLEMENTED, "rope_parameters", "layer_types"}
+    known &= json.loads(before).keys()
     (folder / "config.json").write_bytes(damage(before))
     if data.draw(st.booleans()):
         changes = st.dictionaries(st.sampled_from(sorted(known)), json_values, min_size=1, max_size=2)
@@ -2073,13 +2074,17 @@ def test_a_damaged_config_gives_a_model_that_runs_or_is_refused_in_one_line(gemm
 
 
 def test_a_name_on_the_hub_is_fetched_from_there(gemma_folder, monkeypatch, capsys):
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(gemma_folder))
+    def fetch(name, allow_patterns):
+        return str(gemma_folder)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    monkeypatch.setattr(gemma270m, "snapshot_download", fetch)
     assert Gemma.from_pretrained("google/gemma").config.context_length == 512
     assert prepare.load_tokenizer("google/gemma").name == "google/gemma"
 
     def unreachable(name, allow_patterns):
         raise ConnectionError("no\nnetwork")
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    monkeypatch.setattr(gemma270m, "snapshot_download", unreachable)
     with pytest.raises(SystemExit):
         sample.main(["--ckpt", "google/gemma"])
     assert re.fullmatch(r"sample\.py: error: google/gemma cannot.*network.*\n", capsys.readouterr().err)

@@ -298,7 +298,7 @@ class Gemma(nn.Module):
     @torch.inference_mode()
     def stream(self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_token=None,
                generator=None):
-        """Yields (B,) tokens that follow tokens (B, T), up to stop_token in each row. Temperature 0: greedy."""
+        """Yields (B,) tokens after tokens (B, T), up to stop_token in each row; temperature 0 is greedy."""
         (B, T), context = tokens.shape, self.config.context_length
         require(0 < T <= T + max_new_tokens <= context, f"{T} + {max_new_tokens} tokens, not 1 to {context}")
         fits = 0 <= temperature < 1e9 and (top_k is None or top_k > 0) and (top_p is None or 0 < top_p <= 1)

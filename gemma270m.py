@@ -27,7 +27,7 @@ def require(condition, message):
 def require_valid(config, or_zero=()):
     """Raises ValueError naming the first field of a config with a wrong type, or that is not positive."""
     for f, value in zip(fields(config), astuple(config)):
-        fits = isinstance(value, (f.type, int)) and (f.type in (bool, str) or 0 < value < 2 ** 63)
+        fits = isinstance(value, (f.type, int)) and (f.type in (bool, str) or 0 < value < 2 ** 31)
         require(fits or value == f.default or value == 0 and f.name in or_zero, f"{f.name} cannot be {value}")
 
 @dataclass

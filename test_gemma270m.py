@@ -1156,26 +1156,31 @@ def workplace(data, whole, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("wrong", (
-    "--init_from=nowhere --out=new.pt", "--init_from=data --out=new.pt", "--init_from=model --out=new.pt",
-    "--init_from=model --bench --emb_dim=24",
-    "--data_dir=nowhere", "--data_dir=cut", "--data_dir=large", "--block_size=40000", "--grad_accum=0",
-    "--max_iters=1", "--no_such_flag=1", "--batch=2", "word", "--lr=nan", "--lr=fast", "--dtype=foo",
-    "--device=foo", "--preset=foo", "--n_kv_groups=3", "--seed=-1", "--context_length=2000 --block_size=700",
-    "--out=no/folder/out.pt", "--out=data", "--out=pipe", "--out=pipe --overwrite", "--out=o.csv",
-    "--out=out.pt", "--resume --out=nowhere.pt", "--resume --out=data/train.bin",
-    "--resume --emb_dim=24", "--resume --preset=270m", "--resume --data_dir=large",
-    "--resume --data_dir=other", "--resume --data_dir=cut", "--resume --block_size=40000",
-    "--resume --grad_accum=0"))
-def test_a_mistake_gives_one_line_and_changes_no_file(wrong, workplace, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("wrong, word", (
+    ("--init_from=nowhere", "config.json"), ("--init_from=data", "config.json"),
+    ("--init_from=model", "--tokenizer model"), ("--init_from=model --bench --emb_dim=24", "of the model"),
+    ("--data_dir=nowhere", "nowhere"), ("--data_dir=cut", "cut"), ("--data_dir=large", "vocab_size"),
+    ("--block_size=40000", "block_size"), ("--grad_accum=0", "grad_accum"), ("--max_iters=1", "max_iters"),
+    ("--no_such_flag=1", "no_such_flag"), ("--batch=2", "batch"), ("word", "word"), ("--lr=nan", "lr"),
+    ("--lr=fast", "lr"), ("--dtype=foo", "dtype"), ("--device=foo", "device"), ("--preset=foo", "preset"),
+    ("--n_kv_groups=3", "n_kv_groups"), ("--seed=-1", "seed"), ("--batch_size=1000000000000", "batch_size"),
+    ("--context_length=2000 --block_size=2001", "block_size"), ("--out=no/folder/out.pt", "no/folder"),
+    ("--out=data", "out"), ("--out=pipe", "pipe"), ("--out=pipe --overwrite", "pipe"), ("--out=o.csv", "out"),
+    ("--out=out.pt", "--resume goes on"), ("--resume --out=nowhere.pt", "nowhere.pt"),
+    ("--resume --out=data/train.bin", "train.bin"), ("--resume --emb_dim=24", "another model"),
+    ("--resume --preset=270m", "another model"), ("--resume --data_dir=large", "vocab_size"),
+    ("--resume --data_dir=other", "vocabulary"), ("--resume --data_dir=cut", "cut"),
+    ("--resume --block_size=40000", "block_size"), ("--resume --grad_accum=0", "grad_accum")))
+def test_a_mistake_gives_one_line_and_changes_no_file(wrong, word, workplace, monkeypatch, capsys, tmp_path):
     shutil.copytree(workplace, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit) as stopped:
-        main([*([] if "--resume" in wrong else flags(**TOY)), *wrong.split()])
+        main([*([] if "--resume" in wrong else flags(**TOY, out="new.pt")), *wrong.split()])
     assert stopped.value.code not in (0, None)
-    assert re.fullmatch(r"gemma270m\.py: error: .*\S.*\n", capsys.readouterr().err)
+    line = capsys.readouterr().err
+    assert re.fullmatch(r"gemma270m\.py: error: .*\n", line) and word in line
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -1189,7 +1194,7 @@ def refusal(program, argv):
 
 
 WRONG = {  # what no field of a type takes
-    int: st.integers(max_value=-1) | st.integers(min_value=2 ** 63) | st.sampled_from(("1.5", "1e3", "nan")),
+    int: st.integers(max_value=-1) | st.integers(min_value=2 ** 31) | st.sampled_from(("1.5", "1e3", "nan")),
     float: st.floats(max_value=-1e-9) | st.sampled_from((math.nan, math.inf, "", "1,5", "fast", "0x10")),
     bool: st.sampled_from(("yes", "1", "")),
     str: st.sampled_from(("nowhere", "CPU", "tiny ", "\u00e9", "None"))}

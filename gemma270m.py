@@ -24,11 +24,11 @@ def require(condition, message):
     """Raises ValueError(message) unless the condition holds."""
     if not condition:
         raise ValueError(message)
-def require_valid(config, or_zero=()):
+def require_valid(config, zeros=()):
     """Raises ValueError naming the first field of a config with a wrong type, or that is not positive."""
-    for f, value in zip(fields(config), astuple(config)):
-        fits = isinstance(value, (f.type, int)) and (f.type in (bool, str) or 0 < value < 2 ** 31)
-        require(fits or value == f.default or value == 0 and f.name in or_zero, f"{f.name} cannot be {value}")
+    for f, x in zip(fields(config), astuple(config)):
+        fits = isinstance(x, (f.type, int)) and (f.type in (bool, str) or 0 < x < 2 ** 31)
+        require(fits or x is f.default is None or x == 0 and f.name in zeros, f"{f.name} cannot be {x}")
 
 @dataclass
 class GemmaConfig:
@@ -60,16 +60,16 @@ class GemmaConfig:
 OFFICIAL = ("vocab_size max_position_embeddings hidden_size num_hidden_layers num_attention_heads "
             "num_key_value_heads head_dim intermediate_size sliding_window sliding_window_pattern "
             "rope_local_base_freq rope_theta query_pre_attn_scalar rms_norm_eps tie_word_embeddings").split()
-IMPLEMENTED = {  # what else config.json of transformers may say; it has the fields by their OFFICIAL names
+IMPLEMENTED = {  # what config.json may say beside them; OFFICIAL are its names of the fields, in order
     "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "attention_bias": False,
     "hidden_activation": "gelu_pytorch_tanh", "attention_dropout": 0.0, "attn_logit_softcapping": None,
     "final_logit_softcapping": None, "rope_scaling": None, "use_bidirectional_attention": False}
 
-PRESETS = {"270m": {}, "tiny": dict(  # sets of flags; any flag given beside --preset wins
-    emb_dim=128, n_layers=6, n_heads=2, head_dim=32, hidden_dim=384, sliding_window=128,
-    full_attention_every=3, query_pre_attn_scalar=32, batch_size=4, grad_accum=1, max_iters=800,
-    warmup_iters=60, lr=5e-3, eval_interval=200, eval_tokens=32_768, log_interval=50), "finetune": dict(
-    batch_size=8, grad_accum=4, max_iters=800, warmup_iters=80, lr=5e-5, eval_interval=200)}
+PRESETS = {"270m": {},  # sets of flags; any flag given beside --preset wins
+    "finetune": dict(batch_size=8, grad_accum=4, max_iters=800, warmup_iters=80, lr=5e-5, eval_interval=200),
+    "tiny": dict(emb_dim=128, n_layers=6, n_heads=2, head_dim=32, hidden_dim=384, sliding_window=128,
+                 full_attention_every=3, query_pre_attn_scalar=32, batch_size=4, grad_accum=1, max_iters=800,
+                 warmup_iters=60, lr=5e-3, eval_interval=200, eval_tokens=32_768, log_interval=50)}
 
 @dataclass
 class TrainConfig:
@@ -78,7 +78,7 @@ class TrainConfig:
     init_from: str = None  # model to fine-tune: a folder that transformers reads, or its name on the hub
     data_dir: str = "data"  # folder that prepare.py wrote
     out: str = "out.pt"  # checkpoint; the log lies beside it as .csv
-    resume: bool = False  # continue the run in --out; flags given win, but leave batch_size and grad_accum
+    resume: bool = False  # continue the run in --out; flags given win; best leave batch_size and grad_accum
     overwrite: bool = False  # start anew although --out exists
     bench: bool = False  # time training on random tokens instead, without data and without writing a file
     batch_size: int = 32  # sequences in a micro-batch; an iteration is one micro-batch
@@ -138,12 +138,11 @@ def sliding_window_attention(q, k, v, window, scale):
     in S. Beltagy et al. 2020 (arXiv 2004.05150), section 3.1. q (B, H, T, D), k, v (B, G, S, D) -> as q"""
     (B, H, T, D), S, attend = q.shape, k.size(2), F.scaled_dot_product_attention
     flash = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 0)  # kernels of half precision
-    flash = flash and q.dtype != torch.float32 and D <= 256 and D % 8 == 0
-    if T == S <= window and flash:
-        return attend(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    k, v = (t.repeat_interleave(H // t.size(1), dim=1) for t in (k, v))  # the other ways want H heads
+    flash = flash and q.element_size() == 2 and D <= 256 and D % 8 == 0
+    if not (flash and T == S <= window):  # the other ways want H heads
+        k, v = (t.repeat_interleave(H // t.size(1), dim=1) for t in (k, v))
     if T == S <= window:
-        return attend(q, k, v, is_causal=True, scale=scale)
+        return attend(q, k, v, is_causal=True, scale=scale, enable_gqa=flash)
     if flash:  # on an H200 twice as fast as FlexAttention and as the blocks below
         q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # (B * T or S, H, D)
         starts = torch.arange(B + 1, device=q.device, dtype=torch.int32)
@@ -172,9 +171,9 @@ def cached_attention(q, k, v, window, scale, store, positions):
         store.index_copy_(3, positions[-size:] % size, new[:, :, :, -size:])
         return sliding_window_attention(q, k, v, window, scale)
     k, v = store.index_copy_(3, positions % size, new)
-    hidden = torch.arange(size, device=q.device) > positions  # in any order: RoPE marked the keys
+    empty = torch.arange(size, device=q.device) > positions  # the others in any order: RoPE marked the keys
     scores = (q * scale).unflatten(1, (k.size(1), -1)).squeeze(3) @ k.mT  # (B, G, H / G, size)
-    p = scores.float().masked_fill(hidden, -math.inf).softmax(-1).type_as(v)
+    p = scores.float().masked_fill(empty, -math.inf).softmax(-1).type_as(v)
     return (p @ v).flatten(1, 2).unsqueeze(2)
 
 class Attention(nn.Module):
@@ -264,7 +263,7 @@ class Gemma(nn.Module):
         for name, weight in self.named_parameters():
             if weight.ndim == 2:  # norms undo a matrix's scale: the smaller it is, the more an update does
                 nn.init.normal_(weight, std=config.emb_dim ** -0.5 if name.startswith("embed") else 0.005)
-        self.run_blocks, self.softmax_loss = run_blocks, softmax_loss
+        self.run_blocks, self.softmax_loss = run_blocks, softmax_loss  # compile replaces them
     @property
     def head(self):  # (V, E)
         return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
@@ -301,7 +300,8 @@ class Gemma(nn.Module):
     @torch.inference_mode()
     def stream(self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_token=None,
                generator=None):
-        """Yields (B,) tokens after tokens (B, T), up to stop_token in each row; temperature 0 is greedy."""
+        """Yields (B,) tokens, one position at a time, that continue tokens (B, T); temperature 0 is greedy.
+        Ends after max_new_tokens or when every row has produced stop_token, which rows repeat until then."""
         (B, T), context = tokens.shape, self.config.context_length
         require(0 < T <= T + max_new_tokens <= context, f"{T} + {max_new_tokens} tokens, not 1 to {context}")
         fits = 0 <= temperature < 1e9 and (top_k is None or top_k > 0) and (top_p is None or 0 < top_p <= 1)
@@ -328,10 +328,10 @@ class Gemma(nn.Module):
         return torch.stack((*tokens.T, *self.stream(tokens, *args, **kwargs)), dim=1)
     @classmethod
     def from_pretrained(cls, folder):
-        """The Gemma3ForCausalLM in a folder or on the hub. Raises ValueError naming what does not fit."""
+        """The Gemma3ForCausalLM in a folder or on the hub, in float32. ValueError names what does not fit."""
         try:
             if str(folder).count("/") == 1 and not os.path.isdir(folder):
-                folder = snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors"])
+                folder = snapshot_download(str(folder), allow_patterns=["config.json", "model*.safetensors"])
             given = {"tie_word_embeddings": True, **json.loads(Path(folder, "config.json").read_text())}
             for kind, rope in (given.get("rope_parameters") or {}).items():  # the newer spelling
                 given[{"full_attention": "rope_theta"}.get(kind, "rope_local_base_freq")] = rope["rope_theta"]
@@ -352,7 +352,7 @@ class Gemma(nn.Module):
             raise ValueError(f"{folder} cannot be loaded: {' '.join(str(error).split()):.300}") from None
         return model
     def save_pretrained(self, folder, tokenizer=None):
-        """Writes a folder that transformers reads. Raises ValueError if there is something in it already."""
+        """Writes what transformers reads to a new or empty folder. Raises ValueError or OSError otherwise."""
         require(not any(Path(folder).glob("*")), f"{folder} is not empty: name a new folder")
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos")}
         config = {**IMPLEMENTED, **dict(zip(OFFICIAL, astuple(self.config))), "dtype": "float32", **ids,
@@ -401,7 +401,7 @@ def block_order(n_blocks, seed, epoch):
     """The order in which an epoch visits the blocks of the training data."""
     return np.random.default_rng((seed, epoch)).permutation(n_blocks)
 def training_blocks(iteration, batch_size, n_blocks, seed):
-    """The blocks of one micro-batch: a function of nothing else, without repetition within an epoch."""
+    """The blocks of one micro-batch: they depend on these numbers alone, none twice in an epoch."""
     sequences = range(iteration * batch_size, (iteration + 1) * batch_size)
     return [int(block_order(n_blocks, seed, i // n_blocks)[i % n_blocks]) for i in sequences]
 def get_batch(data, blocks, T, device):
@@ -476,8 +476,8 @@ def pick_dtype(name, device):
     return (torch.bfloat16 if half < 0.8 * full else torch.float32), f"bfloat16 {full / half:.1f} x as fast"
 def bench(config, model, dtype, began, work, update, x, y):
     """Prints how long training takes, its memory, and its share of the device's rate in matrix products."""
-    def seconds(work):  # of a call, as a median
-        return Timer("f()", globals={"f": work}, num_threads=threads).blocked_autorange(min_run_time=3).median
+    def seconds(f):  # of a call, as a median
+        return Timer("f()", globals={"f": f}, num_threads=threads).blocked_autorange(min_run_time=3).median
     work(x, y)
     update(0.0)
     ready, threads = time.perf_counter() - began, torch.get_num_threads()
@@ -490,7 +490,7 @@ def bench(config, model, dtype, began, work, update, x, y):
           f"{tqdm.format_interval(config.max_iters * iteration)}, {tokens:,.0f} tokens/s\n"
           f"chip    {speed / 1e12:.4g} TFLOP/s, {speed / chip:.1%} of a matrix product's {chip / 1e12:.4g}")
 def train(config, model, data, state=None):
-    """Trains, or continues state. Under torchrun, micro-batch i of a step belongs to process i % world."""
+    """Trains model on what load_data gave, from a checkpoint's state if given; with config.bench times it."""
     began, (train_data, val_data, meta), accum = time.perf_counter(), data, config.grad_accum
     steps, step_tokens = config.max_iters // accum, config.batch_size * accum * config.block_size
     n_blocks, epochs = (len(train_data) - 1) // config.block_size, steps * step_tokens / len(train_data)
@@ -500,7 +500,7 @@ def train(config, model, data, state=None):
     device = pick_device(config.device)
     dtype, reason = pick_dtype(config.dtype, device)
     compiling = device.type == "cuda" if config.compile is None else config.compile
-    dist.init_process_group() if world > 1 else None  # gloo between CPUs, NCCL between GPUs
+    dist.init_process_group("cpu:gloo" + ",cuda:nccl" * (device.type == "cuda")) if world > 1 else None
     say = (lambda line: (tqdm.write(line), print(end="", flush=True))) if rank == 0 else lambda line: None
     say(f"model   {config.preset}, {model.num_parameters():,} parameters, {model.config.vocab_size:,} words\n"
         f"device  {world} x {device.type}, {str(dtype)[6:]} ({reason}){', compiled' * compiling}\n"
@@ -612,13 +612,13 @@ def train(config, model, data, state=None):
 
 # ---- command line ------------------------------------------------------------------------------------
 def settings(given):
-    """The flags that were given -> TrainConfig, model, data, and with --resume a checkpoint. ValueError"""
-    out, preset = Path(given.get("out", TrainConfig.out)), given.pop("preset", "auto")
+    """The flags that were given -> TrainConfig, model, data, checkpoint or None. Raises ValueError."""
+    out, preset = Path(given.get("out", TrainConfig.out)), given.get("preset", "auto")
     require((out.is_file() or not out.exists()) and out.suffix != ".csv", f"out cannot be {out}")
     state = load_checkpoint(out) if given.get("resume") else None
     cuda = pick_device(given.get("device", "auto")).type == "cuda"
     fresh = "finetune" if "init_from" in given else "270m" if cuda else "tiny"
-    preset = preset.replace("auto", state["train_config"].preset if state else fresh)
+    preset = preset if preset != "auto" else state["train_config"].preset if state else fresh
     old = {**vars(state["model_config"]), **vars(state["train_config"])} if state else PRESETS.get(preset, {})
     values = {**old, **given, "preset": preset, "out": str(out)}
     config, shape = (kind(**{name: values[name] for name in kind.__dataclass_fields__ if name in values})
@@ -629,11 +629,11 @@ def settings(given):
     random = noise, noise, {"tokenizer": "random", "vocab_size": shape.vocab_size}
     data = tokens, _, meta = random if config.bench else load_data(config.data_dir)
     torch.manual_seed(config.seed)  # the same weights in every process
-    shape.vocab_size, source = values.get("vocab_size", meta["vocab_size"]), not state and config.init_from
-    model = Gemma.from_pretrained(source) if source else Gemma(shape)
-    fits = not source or (config.bench or meta["tokenizer"] in (source, os.path.realpath(source))) and not (
-        given.keys() & vars(shape).keys())
-    require(fits, f"init_from takes no flags of the model, and data of prepare.py --tokenizer {source}")
+    source, shape.vocab_size = None if state else config.init_from, {**meta, **values}["vocab_size"]
+    model = Gemma(shape) if source is None else Gemma.from_pretrained(source)
+    fits = source is None or meta["tokenizer"] in ("random", source, os.path.realpath(source))
+    require(fits, f"init_from wants data of prepare.py --tokenizer {source}, not of {meta['tokenizer']}")
+    require(source is None or not given.keys() & vars(shape).keys(), "init_from takes no flags of the model")
     words, longest = model.config.vocab_size, min(len(tokens) - 1, model.config.context_length)
     require(meta["vocab_size"] <= words, f"vocab_size {words} is below the {meta['vocab_size']} of the data")
     require(config.block_size <= longest, f"block_size {config.block_size} exceeds the context or the data")
@@ -652,7 +652,7 @@ def main(argv=None):
     try:
         train(*settings(vars(parser.parse_args(argv))))
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        parser.error(str(error).splitlines()[0])
+        parser.error(str(error).partition("\n")[0] or repr(error))
     except KeyboardInterrupt:
         parser.exit(130, "\n")
 

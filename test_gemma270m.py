@@ -1229,6 +1229,17 @@ def test_a_second_run_in_the_same_folder_is_told_its_choices(run, whole, data, t
     assert run(out=out, overwrite=True)["rows"] != whole["rows"]  # another speed
 
 
+def test_processes_have_a_way_to_agree_on_the_cpu_beside_any_accelerator(run, monkeypatch, capsys):
+    def init(backend=None):  # without one, torch takes that of the accelerator alone
+        devices = dist.distributed_c10d.BackendConfig(dist.Backend(backend)).get_device_backend_map()
+        raise ValueError(f"cpu by {devices['cpu']}")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "init_process_group", init)
+    with pytest.raises(SystemExit):
+        run()
+    assert "cpu by gloo" in capsys.readouterr().err
+
+
 def test_micro_batches_that_processes_cannot_share_are_refused(data, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "3")
     line = refusal(main, flags(**{**TOY, "grad_accum": 4}, data_dir=data, out=tmp_path / "out.pt"))

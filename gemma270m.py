@@ -11,13 +11,13 @@ import argparse, copy, functools, inspect, json, math, os, re, signal, tempfile,
 from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 
-import numpy as np, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
+import numpy as np, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F, tqdm
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint as recompute
-from tqdm import tqdm
+if torch.cuda.is_available():  # elsewhere it is not used and takes a second
+    from torch.nn.attention.varlen import varlen_attn
 
 # ---- configuration -----------------------------------------------------------------------------------
 def require(condition, message):
@@ -487,7 +487,7 @@ def bench(config, model, dtype, began, work, update, x, y):
     speed, memory = tokens * model.flops_per_token(config.block_size), torch.cuda.max_memory_allocated()
     print(f"start   {ready:.0f} s to the first iteration and update; GPU memory {memory / 2 ** 30:.2f} GiB\n"
           f"speed   {1000 * iteration:.1f} ms an iteration, {config.max_iters:,} in "
-          f"{tqdm.format_interval(config.max_iters * iteration)}, {tokens:,.0f} tokens/s\n"
+          f"{tqdm.tqdm.format_interval(config.max_iters * iteration)}, {tokens:,.0f} tokens/s\n"
           f"chip    {speed / 1e12:.4g} TFLOP/s, {speed / chip:.1%} of a matrix product's {chip / 1e12:.4g}")
 def train(config, model, data, state=None):
     """Trains model on what load_data gave, from a checkpoint's state if given; with config.bench times it."""
@@ -501,7 +501,7 @@ def train(config, model, data, state=None):
     dtype, reason = pick_dtype(config.dtype, device)
     compiling = device.type == "cuda" if config.compile is None else config.compile
     dist.init_process_group("cpu:gloo" + ",cuda:nccl" * (device.type == "cuda")) if world > 1 else None
-    say = (lambda line: (tqdm.write(line), print(end="", flush=True))) if rank == 0 else lambda line: None
+    say = (lambda line: (tqdm.tqdm.write(line), print(end="", flush=True))) if rank == 0 else lambda _: None
     say(f"model   {config.preset}, {model.num_parameters():,} parameters, {model.config.vocab_size:,} words\n"
         f"device  {world} x {device.type}, {str(dtype)[6:]} ({reason}){', compiled' * compiling}\n"
         f"data    {meta['tokenizer']}, {len(train_data):,} + {len(val_data):,} tokens, {epochs:.2f} epochs\n"
@@ -580,7 +580,7 @@ def train(config, model, data, state=None):
         return bench(config, model, dtype, began, work, update, x, y)
     handlers = {number: signal.signal(number, stop_soon) for number in (signal.SIGINT, signal.SIGTERM)}
     validate() if not state else say(f"resumed at iteration {step * accum:,} of {steps * accum:,}")
-    bar = tqdm(total=steps * accum, initial=step * accum, unit="it", disable=rank > 0 or None)
+    bar = tqdm.tqdm(total=steps * accum, initial=step * accum, unit="it", disable=rank > 0 or None)
     clock = time.perf_counter()
     for iteration in range(step * accum + rank, steps * accum, world):
         work(x, y)

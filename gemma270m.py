@@ -68,8 +68,8 @@ IMPLEMENTED = {  # what config.json may say beside them; OFFICIAL are its names 
 PRESETS = {"270m": {},  # sets of flags; any flag given beside --preset wins
     "finetune": dict(batch_size=8, grad_accum=4, max_iters=800, warmup_iters=80, lr=5e-5, eval_interval=200),
     "tiny": dict(emb_dim=128, n_layers=6, n_heads=2, head_dim=32, hidden_dim=384, sliding_window=128,
-                 full_attention_every=3, query_pre_attn_scalar=32, batch_size=4, grad_accum=1, max_iters=800,
-                 warmup_iters=60, lr=5e-3, eval_interval=200, eval_tokens=32_768, log_interval=50)}
+                 full_attention_every=3, query_pre_attn_scalar=32, batch_size=3, block_size=720, grad_accum=1,
+                 max_iters=800, warmup_iters=60, lr=5e-3, eval_interval=200, eval_tokens=32_768)}
 
 @dataclass
 class TrainConfig:

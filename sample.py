@@ -78,7 +78,7 @@ def sample(args):
     require(fits, f"prompt: token {max(start)} is beyond the vocabulary of {config.vocab_size}")
     room = config.context_length - len(start)
     require(room > 0, f"prompt: {len(start)} tokens leave no room in a context of {config.context_length}")
-    wanted = args.max_new_tokens or (1024 if tokenizer.name == "bytes" else 256)  # a story in either
+    wanted = args.max_new_tokens or (2048 if tokenizer.name == "bytes" else 256)  # a story in either
 
     dtype, _ = pick_dtype(args.dtype, device)
     model.to(device, dtype)
@@ -117,7 +117,7 @@ def main(argv=None):
     add("--export", metavar="FOLDER", help="write the model there for transformers, and end")
     add("--prompt", default="", help="text to continue, or FILE:PATH; without one a new document starts")
     add("--num_samples", type=int, default=1, help="continuations in one batch (default: %(default)s)")
-    add("--max_new_tokens", type=int, help="longest continuation (default: 256; 1024 if tokens are bytes)")
+    add("--max_new_tokens", type=int, help="longest continuation (default: 256; 2048 if tokens are bytes)")
     add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)")
     add("--top_k", type=int, default=64, help="draw from the k likeliest tokens (default: %(default)s)")
     add("--top_p", type=float, default=0.95, help="and from the fewest that hold this probability "

@@ -582,7 +582,7 @@ def train(config, model, data, state=None):
     validate() if not state else say(f"resumed at iteration {step * accum:,} of {steps * accum:,}")
     bar = tqdm.tqdm(total=steps * accum, initial=step * accum, unit="it", disable=rank > 0 or None)
     clock = time.perf_counter()
-    for iteration in range(step * accum + rank, steps * accum, world):
+    for iteration in range(step * accum + rank, steps * accum, world):  # of each step, this process's share
         work(x, y)
         x, y = fetch(iteration + world)  # while the device computes
         bar.update(world)
@@ -620,7 +620,7 @@ def settings(given):
     fresh = "finetune" if "init_from" in given else "270m" if cuda else "tiny"
     preset = preset if preset != "auto" else state["train_config"].preset if state else fresh
     old = {**vars(state["model_config"]), **vars(state["train_config"])} if state else PRESETS.get(preset, {})
-    values = {**old, **given, "preset": preset, "out": str(out)}
+    values = {**old, **given, "preset": preset, "out": "no file" if given.get("bench") else str(out)}
     config, shape = (kind(**{name: values[name] for name in kind.__dataclass_fields__ if name in values})
                      for kind in (TrainConfig, GemmaConfig))
     fits = state or config.overwrite or config.bench or not out.exists()

@@ -1229,6 +1229,17 @@ def test_a_second_run_in_the_same_folder_is_told_its_choices(run, whole, data, t
     assert run(out=out, overwrite=True)["rows"] != whole["rows"]  # another speed
 
 
+def test_bench_needs_no_data_and_writes_no_file(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gemma270m, "Timer", lambda stmt, globals, num_threads: mock.Mock(
+        **{"blocked_autorange.return_value.median": 2.0 if globals["f"]() is not None else math.nan}))
+    main([f"--{name}={value}" for name, value in SHAPE.items()]
+         + "--bench --device=cpu --dtype=float32 --batch_size=2 --block_size=8 --grad_accum=4".split())
+    lines = capsys.readouterr().out
+    assert not [*tmp_path.iterdir()] and "to no file" in lines
+    assert "2500.0 ms an iteration, 800 in 33:20, 6 tokens/s" in lines  # 2 s, and a fourth of 2 s
+
+
 def test_processes_have_a_way_to_agree_on_the_cpu_beside_any_accelerator(run, monkeypatch, capsys):
     def init(backend=None):  # without one, torch takes that of the accelerator alone
         devices = dist.distributed_c10d.BackendConfig(dist.Backend(backend)).get_device_backend_map()

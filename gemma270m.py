@@ -60,7 +60,7 @@ class GemmaConfig:
 OFFICIAL = ("vocab_size max_position_embeddings hidden_size num_hidden_layers num_attention_heads "
             "num_key_value_heads head_dim intermediate_size sliding_window sliding_window_pattern "
             "rope_local_base_freq rope_theta query_pre_attn_scalar rms_norm_eps tie_word_embeddings").split()
-IMPLEMENTED = {  # what config.json may say beside them; OFFICIAL are its names of the fields, in order
+IMPLEMENTED = {  # OFFICIAL: config.json's names of GemmaConfig's fields, in order; and what else it may say
     "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "attention_bias": False,
     "hidden_activation": "gelu_pytorch_tanh", "attention_dropout": 0.0, "attn_logit_softcapping": None,
     "final_logit_softcapping": None, "rope_scaling": None, "use_bidirectional_attention": False}
@@ -587,7 +587,7 @@ def train(config, model, data, state=None):
         x, y = fetch(iteration + world)  # while the device computes
         bar.update(world)
         stop.fill_(len(signals))
-        dist.all_reduce(stop) if world > 1 else None  # all leave or none: the others would wait for one
+        dist.all_reduce(stop) if world > 1 else None  # all leave or none, else the rest would wait
         if stop:  # the resumed run takes this step from its start
             break
         if iteration < (step + 1) * accum - world:  # an update follows the last micro-batch only
@@ -598,7 +598,7 @@ def train(config, model, data, state=None):
         skips += faults > 0
         require(faults < (25 if scaler.is_enabled() else 3), f"no finite gradient in {faults} steps up to "
                 f"iteration {step * accum:,}, lr {rate:.1e}; {config.out} is that of the last save")
-        if step == steps or step * accum % config.log_interval < accum:  # first step at or after a multiple
+        if step == steps or step * accum % config.log_interval < accum:  # a multiple lies in this step
             loss, losses, speed = sum(losses) / len(losses), [], step_tokens / (time.perf_counter() - clock)
             log(train_loss=loss, lr=rate, grad_norm=norm, skipped=skips, tokens_per_second=speed)
         if step == steps or step * accum % config.eval_interval < accum:

@@ -471,9 +471,9 @@ def pick_dtype(name, device):
         major, minor = torch.cuda.get_device_capability(device)
         fast = torch.bfloat16 if major >= 8 else torch.float16 if major == 7 else torch.float32
         return fast, f"compute capability {major}.{minor}"
-    full, half = (Timer("a @ a", globals={"a": torch.ones(1024, 1024, dtype=dtype)}).timeit(5).mean
-                  for dtype in (torch.float32, torch.bfloat16))  # instructions for it need not be fast ones
-    return (torch.bfloat16 if half < 0.8 * full else torch.float32), f"bfloat16 {full / half:.1f} x as fast"
+    full, half = (Timer("a @ a", globals={"a": torch.ones(512, 512, dtype=dtype)}).blocked_autorange(
+        min_run_time=0.1).median for dtype in (torch.float32, torch.bfloat16))  # some CPUs only emulate it
+    return (torch.bfloat16 if half < 0.8 * full else torch.float32), f"bfloat16 {full / half:.2g} x as fast"
 def bench(config, model, dtype, began, work, update, x, y):
     """Prints how long training takes, its memory, and its share of the device's rate in matrix products."""
     def seconds(f):  # of a call, as a median

@@ -1132,7 +1132,7 @@ def test_dtype_on_a_cpu_is_the_faster_one(full, half, dtype, monkeypatch):
     seconds = {torch.float32: full, torch.bfloat16: half}
 
     def timer(stmt, globals):
-        return mock.Mock(**{"timeit.return_value.mean": seconds[globals["a"].dtype]})
+        return mock.Mock(**{"blocked_autorange.return_value.median": seconds[globals["a"].dtype]})
 
     monkeypatch.setattr(gemma270m, "Timer", timer)
     assert pick_dtype("auto", torch.device("cpu"))[0] == dtype

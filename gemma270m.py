@@ -9,6 +9,7 @@ to, E emb_dim, H query heads, G key/value heads (n_kv_groups), D head_dim, V voc
 """
 import argparse, copy, functools, inspect, json, math, os, re, signal, tempfile, time, zipfile, zlib
 from dataclasses import asdict, astuple, dataclass, fields
+from itertools import count
 from pathlib import Path
 
 import numpy as np, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F, tqdm
@@ -157,12 +158,13 @@ def sliding_window_attention(q, k, v, window, scale):
 
 class KVCache:
     """Keys and values of `length` positions: in a full layer all, in a sliding layer a ring of the last W."""
-    def __init__(self, config, batch_size, max_length, device=None, dtype=torch.float32):
-        self.length = torch.zeros((), dtype=torch.long, device=device)  # a tensor: the host need not wait
-        sizes = {"sliding_attention": min(max_length, config.sliding_window), "full_attention": max_length}
-        self.layers = [torch.zeros(2, batch_size, config.n_kv_groups, sizes[kind], config.head_dim,
-                                   dtype=dtype, device=device) for kind in config.layer_types]
-def cached_attention(q, k, v, window, scale, store, positions):
+    def __init__(self, model, batch_size, max_length):
+        c, head, self.layers = model.config, model.head, []
+        self.length = head.new_zeros((), dtype=torch.long)  # a tensor: the host need not wait
+        for layer in (block.self_attn for block in model.layers):
+            shape = 2, batch_size, c.n_kv_groups, min(max_length, layer.window), c.head_dim
+            self.layers.append((layer.qkv_weight(), head.new_zeros(shape, dtype=compute_dtype(head))))
+def cached_attention(store, positions, q, k, v, window, scale):
     """Attention at positions (T,), whose keys and values join a layer's store (2, B, G, size, D). -> as q"""
     size, new = store.size(3), torch.stack((k, v))  # (2, B, G, T, D)
     if len(positions) > 1:
@@ -181,17 +183,22 @@ class Attention(nn.Module):
     def __init__(self, config, kind):
         super().__init__()
         E, H, G, D = config.emb_dim, config.n_heads, config.n_kv_groups, config.head_dim
-        self.kind, self.head_dim, self.scale = kind, D, config.query_pre_attn_scalar ** -0.5
-        self.window = config.sliding_window if kind == "sliding_attention" else config.context_length
+        self.heads, self.scale = (H, G, G), config.query_pre_attn_scalar ** -0.5
+        self.rope_base, self.window = config.rope_base, config.context_length
+        if kind == "sliding_attention":
+            self.rope_base, self.window = config.rope_local_base, config.sliding_window
         self.q_proj, self.k_proj = nn.Linear(E, H * D, bias=False), nn.Linear(E, G * D, bias=False)
         self.v_proj, self.o_proj = nn.Linear(E, G * D, bias=False), nn.Linear(H * D, E, bias=False)
         self.q_norm, self.k_norm = RMSNorm(D, config.norm_eps), RMSNorm(D, config.norm_eps)
+    def qkv_weight(self):  # one product is faster than three
+        return torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
     def forward(self, x, rope, cache=None):
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim))
-                   for project in (self.q_proj, self.k_proj, self.v_proj))  # (B, T, H or G, D)
-        q, k = (apply_rope(norm(t).transpose(1, 2), rope[self.kind])
-                for norm, t in ((self.q_norm, q), (self.k_norm, k)))  # (B, H or G, T, D)
-        attend = functools.partial(cached_attention, **cache) if cache else sliding_window_attention
+        weight, *place = cache or (self.qkv_weight(),)  # place: the layer's store, and the positions of x
+        y = F.linear(x, weight).unflatten(-1, (sum(self.heads), -1))  # (B, T, H + 2 G, D)
+        q, k, v = y.split(self.heads, dim=2)  # (B, T, H or G, D)
+        q = apply_rope(self.q_norm(q).transpose(1, 2), rope[self.rope_base])  # (B, H, T, D)
+        k = apply_rope(self.k_norm(k).transpose(1, 2), rope[self.rope_base])  # (B, G, T, D)
+        attend = functools.partial(cached_attention, *place) if cache else sliding_window_attention
         out = attend(q, k, v.transpose(1, 2), self.window, self.scale)  # (B, H, T, D)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, H * D) -> (B, T, E)
 
@@ -231,13 +238,16 @@ def softmax_loss(logits, targets, vocab_size):
     wanted = torch.arange(z.size(1), device=z.device) == targets  # subtracted in float32: p - 1 may be tiny
     return loss, z.exp_().add_(wanted, alpha=-1).mul_(seen).type_as(logits)
 
+def aligned(head):
+    """The head with rows of zeros up to a multiple of 64, which fast products on a GPU want. (V, E)"""
+    return F.pad(head, (0, 0, 0, -len(head) % 64)) if head.is_cuda else head
+
 class ChunkedLoss(torch.autograd.Function):
     """Summed cross-entropy of x @ head.T, and its gradient on the way. x (N, E), head (V, E), targets (N,)"""
     logits = 2 ** 28  # at a time: 0.5 GB in half precision
     @staticmethod
     def forward(ctx, x, head, targets, softmax_loss):
-        V, N, head = len(head), max(1, min(4096, ChunkedLoss.logits // len(head))), head.type_as(x)
-        head = F.pad(head, (0, 0, 0, -V % 64)) if x.is_cuda else head  # fast products want multiples of 64
+        V, N, head = len(head), max(1, min(4096, ChunkedLoss.logits // len(head))), aligned(head.type_as(x))
         total, x_grad, head_grad = 0.0, [], None
         for rows, target in zip(x.split(N), targets[:, None].split(N)):
             loss, grad = softmax_loss(rows @ head.T, target, V)
@@ -263,7 +273,7 @@ class Gemma(nn.Module):
         for name, weight in self.named_parameters():
             if weight.ndim == 2:  # norms undo a matrix's scale: the smaller it is, the more an update does
                 nn.init.normal_(weight, std=config.emb_dim ** -0.5 if name.startswith("embed") else 0.005)
-        self.run_blocks, self.softmax_loss = run_blocks, softmax_loss  # compile replaces them
+        self.rope_tables, self.run_blocks, self.softmax_loss = rope_tables, run_blocks, softmax_loss
     @property
     def head(self):  # (V, E)
         return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
@@ -271,18 +281,21 @@ class Gemma(nn.Module):
         """Compiles what repeats: about as fast as torch.compile(model), and ready in a third of the time."""
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is, after a warning
         self.run_blocks = torch.compile(run_blocks, dynamic=False, **options)
-        self.softmax_loss = torch.compile(softmax_loss, dynamic=False)
+        self.rope_tables = torch.compile(rope_tables, dynamic=False)
+        options = {"coordinate_descent_tuning": True, "online_softmax": False}
+        self.softmax_loss = torch.compile(softmax_loss, dynamic=False, options=options)
     def features(self, tokens, cache=None):
         """What the output head reads. (B, T) -> (B, T, E)"""
-        T, c, run, caches = tokens.size(1), self.config, self.run_blocks, [None] * len(self.layers)
+        T, c, caches = tokens.size(1), self.config, [None] * len(self.layers)
         require(T <= c.context_length, f"{T} tokens exceed the context, {c.context_length}")
+        tables, run = self.rope_tables, self.run_blocks
         positions = torch.arange(T, device=tokens.device) + (0 if cache is None else cache.length)
         if cache is not None:
-            caches = [{"store": store, "positions": positions} for store in cache.layers]
-            run = run if T == 1 else run_blocks  # a prompt comes once and in any length: not worth compiling
+            caches = [(*layer, positions) for layer in cache.layers]
+            if T > 1:  # a prompt comes once and in any length: not worth compiling
+                tables, run = rope_tables, run_blocks
             cache.length += T
-        bases = {"sliding_attention": c.rope_local_base, "full_attention": c.rope_base}
-        rope = {kind: rope_tables(positions, c.head_dim, base) for kind, base in bases.items()}
+        rope = {base: tables(positions, c.head_dim, base) for base in (c.rope_local_base, c.rope_base)}
         x = self.embed_tokens(tokens)  # (B, T, E)
         x = x * torch.tensor(c.emb_dim ** 0.5, dtype=x.dtype)  # 25.25 in bfloat16, as in Gemma
         if torch.is_autocast_enabled(x.device.type):  # less memory to move; in float16 the sum could overflow
@@ -306,18 +319,19 @@ class Gemma(nn.Module):
         require(0 < T <= T + max_new_tokens <= context, f"{T} + {max_new_tokens} tokens, not 1 to {context}")
         fits = 0 <= temperature < 1e9 and (top_k is None or top_k > 0) and (top_p is None or 0 < top_p <= 1)
         require(fits, f"temperature {temperature}, top_k {top_k} or top_p {top_p} is out of range")
-        cache = KVCache(self.config, B, T + max_new_tokens, tokens.device, compute_dtype(self.head))
+        cache, head = KVCache(self, B, T + max_new_tokens), aligned(self.head)
         stopped = torch.zeros(B, dtype=torch.bool, device=tokens.device)
         def predict(tokens):
             with torch.backends.mkldnn.flags(tokens.numel() > 1, None, None, None):  # slow with a single row
-                return F.linear(self.features(tokens, cache)[:, -1], self.head).float()  # (B, V)
+                logits = F.linear(self.features(tokens, cache)[:, -1], head)
+            return logits[:, :len(self.head)].float()  # (B, V)
         for made in range(max_new_tokens):
             if made == 1 and tokens.is_cuda:  # into a clone, since replaying writes to what was recorded
                 predict = torch.cuda.make_graphed_callables(predict, (tokens.clone(),), num_warmup_iters=1)
                 cache.length -= 1  # recording took a step
             new = sample_token(predict(tokens), temperature, top_k, top_p, generator)
             if stop_token is not None:
-                new = torch.where(stopped, stop_token, new)
+                new = new.masked_fill(stopped, stop_token)
                 stopped |= new == stop_token
             yield new
             if stop_token is not None and stopped.all():
@@ -377,12 +391,13 @@ def sample_token(logits, temperature, top_k=None, top_p=None, generator=None):
     """Draws a token from each row of logits. (B, V) -> (B,)"""
     if temperature < 1e-6:  # the quotient could overflow
         return logits.argmax(-1)
-    if top_k is None and top_p is None:
-        return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(1)
-    logits, tokens = logits.topk(min(top_k or logits.size(1), logits.size(1)))  # in falling order
+    if cut := top_k is not None or top_p is not None:
+        logits, tokens = logits.topk(min(top_k or logits.size(1), logits.size(1)))  # in falling order
     p = (logits / temperature).softmax(-1)
-    p = p.masked_fill(p.cumsum(-1) - p >= (top_p or 1), 0.0)  # the fewest that hold top_p (arXiv 1904.09751)
-    return tokens.gather(1, torch.multinomial(p, 1, generator=generator)).squeeze(1)
+    if cut:  # to the fewest that hold top_p (arXiv 1904.09751)
+        p = p.masked_fill(p.cumsum(-1) - p >= (top_p or math.inf), 0.0)
+    drawn = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)  # never waits for a GPU
+    return tokens.gather(1, drawn[:, None]).squeeze(1) if cut else drawn
 
 # ---- data and schedule -------------------------------------------------------------------------------
 def load_data(folder):
@@ -541,9 +556,6 @@ def train(config, model, data, state=None):
             scaler.update()
         sums.zero_()
         return loss, norm
-    def fetch(iteration):
-        blocks = training_blocks(iteration, config.batch_size, n_blocks, config.seed)
-        return get_batch(train_data, blocks, config.block_size, device)
     def log(**row):
         rows.append({"iteration": step * accum, "step": step, **row})
         say(" | ".join(f"{name.replace('_', ' ')} {value:,.6g}" for name, value in rows[-1].items()))
@@ -572,7 +584,9 @@ def train(config, model, data, state=None):
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         signals.append(time.monotonic())
-    (x, y), work, stop = fetch(step * accum + rank), accumulate, torch.zeros(())
+    batches = (get_batch(train_data, training_blocks(i, config.batch_size, n_blocks, config.seed),
+                         config.block_size, device) for i in count(step * accum + rank, world))
+    (x, y), work, stop = next(batches), accumulate, torch.zeros(())
     if device.type == "cuda":  # as a CUDA graph: one launch in place of thousands
         work = torch.cuda.make_graphed_callables(accumulate, (x, y), num_warmup_iters=1)
         sums.zero_()
@@ -584,11 +598,13 @@ def train(config, model, data, state=None):
     clock = time.perf_counter()
     for iteration in range(step * accum + rank, steps * accum, world):  # of each step, this process's share
         work(x, y)
-        x, y = fetch(iteration + world)  # while the device computes
+        x, y = next(batches)  # while the device computes
         bar.update(world)
         stop.fill_(len(signals))
         dist.all_reduce(stop) if world > 1 else None  # all leave or none, else the rest would wait
         if stop:  # the resumed run takes this step from its start
+            save(needed=True) if rank == 0 else None
+            say(f"stopped at iteration {step * accum:,}; {config.out} is up to date, --resume goes on from it")
             break
         if iteration < (step + 1) * accum - world:  # an update follows the last micro-batch only
             continue
@@ -604,9 +620,6 @@ def train(config, model, data, state=None):
         if step == steps or step * accum % config.eval_interval < accum:
             validate()
         clock = time.perf_counter()
-    if stop:
-        save(needed=True) if rank == 0 else None
-        say(f"stopped at iteration {step * accum:,}; {config.out} is up to date, --resume goes on from there")
     list(map(signal.signal, handlers, handlers.values()))
     dist.destroy_process_group() if world > 1 else None
 

@@ -3,15 +3,12 @@
     python gemma270m.py                         # trains; writes out.pt and out.csv
     python sample.py --ckpt out.pt              # tells a story
     torchrun --nproc_per_node 4 gemma270m.py    # the same training on four GPUs
-
 Gemma 3 Technical Report: arXiv 2503.19786. Letters in shapes: B sequences of T tokens, S positions attended
 to, E emb_dim, H query heads, G key/value heads (n_kv_groups), D head_dim, V vocab_size, W sliding_window.
 """
 import argparse, copy, functools, inspect, json, math, os, re, signal, tempfile, time, zipfile, zlib
 from dataclasses import asdict, astuple, dataclass, fields
-from itertools import count
 from pathlib import Path
-
 import numpy as np, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F, tqdm
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
@@ -57,15 +54,13 @@ class GemmaConfig:
     def layer_types(self) -> list[str]:
         places = range(1, self.n_layers + 1)
         return ["sliding_attention" if i % self.full_attention_every else "full_attention" for i in places]
-
 OFFICIAL = ("vocab_size max_position_embeddings hidden_size num_hidden_layers num_attention_heads "
             "num_key_value_heads head_dim intermediate_size sliding_window sliding_window_pattern "
             "rope_local_base_freq rope_theta query_pre_attn_scalar rms_norm_eps tie_word_embeddings").split()
-IMPLEMENTED = {  # OFFICIAL: config.json's names of GemmaConfig's fields, in order; and what else it may say
+IMPLEMENTED = {  # OFFICIAL: config.json's names of GemmaConfig's fields, in order; here: other entries
     "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "attention_bias": False,
     "hidden_activation": "gelu_pytorch_tanh", "attention_dropout": 0.0, "attn_logit_softcapping": None,
     "final_logit_softcapping": None, "rope_scaling": None, "use_bidirectional_attention": False}
-
 PRESETS = {"270m": {},  # sets of flags; any flag given beside --preset wins
     "finetune": dict(batch_size=8, grad_accum=4, max_iters=800, warmup_iters=80, lr=5e-5, eval_interval=200),
     "tiny": dict(emb_dim=128, n_layers=6, n_heads=2, head_dim=32, hidden_dim=384, sliding_window=128,
@@ -121,9 +116,8 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps, self.weight = eps, nn.Parameter(torch.zeros(dim))
     def forward(self, x):
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return (y * (1.0 + self.weight.float())).type_as(x)
+        scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return (x.float() * scale * (1.0 + self.weight.float())).type_as(x)
 def rope_tables(positions, head_dim, base):
     """Cosine and signed sine of the angle p / base^(2i/D) of position p and pair i. (T,) -> (2, T, D)
     Su et al. 2021 (arXiv 2104.09864), section 3.2. In float32: bfloat16 knows no position 257."""
@@ -184,9 +178,8 @@ class Attention(nn.Module):
         super().__init__()
         E, H, G, D = config.emb_dim, config.n_heads, config.n_kv_groups, config.head_dim
         self.heads, self.scale = (H, G, G), config.query_pre_attn_scalar ** -0.5
-        self.rope_base, self.window = config.rope_base, config.context_length
-        if kind == "sliding_attention":
-            self.rope_base, self.window = config.rope_local_base, config.sliding_window
+        self.rope_base, self.window = ((config.rope_base, config.context_length) if kind == "full_attention"
+                                       else (config.rope_local_base, config.sliding_window))
         self.q_proj, self.k_proj = nn.Linear(E, H * D, bias=False), nn.Linear(E, G * D, bias=False)
         self.v_proj, self.o_proj = nn.Linear(E, G * D, bias=False), nn.Linear(H * D, E, bias=False)
         self.q_norm, self.k_norm = RMSNorm(D, config.norm_eps), RMSNorm(D, config.norm_eps)
@@ -238,16 +231,13 @@ def softmax_loss(logits, targets, vocab_size):
     wanted = torch.arange(z.size(1), device=z.device) == targets  # subtracted in float32: p - 1 may be tiny
     return loss, z.exp_().add_(wanted, alpha=-1).mul_(seen).type_as(logits)
 
-def aligned(head):
-    """The head with rows of zeros up to a multiple of 64, which fast products on a GPU want. (V, E)"""
-    return F.pad(head, (0, 0, 0, -len(head) % 64)) if head.is_cuda else head
-
 class ChunkedLoss(torch.autograd.Function):
     """Summed cross-entropy of x @ head.T, and its gradient on the way. x (N, E), head (V, E), targets (N,)"""
     logits = 2 ** 28  # at a time: 0.5 GB in half precision
     @staticmethod
     def forward(ctx, x, head, targets, softmax_loss):
-        V, N, head = len(head), max(1, min(4096, ChunkedLoss.logits // len(head))), aligned(head.type_as(x))
+        V, N, head = len(head), max(1, min(4096, ChunkedLoss.logits // len(head))), head.type_as(x)
+        head = F.pad(head, (0, 0, 0, -V % 64)) if x.is_cuda and V % 64 else head  # for faster products
         total, x_grad, head_grad = 0.0, [], None
         for rows, target in zip(x.split(N), targets[:, None].split(N)):
             loss, grad = softmax_loss(rows @ head.T, target, V)
@@ -288,21 +278,19 @@ class Gemma(nn.Module):
         """What the output head reads. (B, T) -> (B, T, E)"""
         T, c, caches = tokens.size(1), self.config, [None] * len(self.layers)
         require(T <= c.context_length, f"{T} tokens exceed the context, {c.context_length}")
-        tables, run = self.rope_tables, self.run_blocks
+        fast = cache is None or T == 1  # a prompt comes once and in any length: not worth compiling
+        tables, run = (self.rope_tables, self.run_blocks) if fast else (rope_tables, run_blocks)
         positions = torch.arange(T, device=tokens.device) + (0 if cache is None else cache.length)
         if cache is not None:
             caches = [(*layer, positions) for layer in cache.layers]
-            if T > 1:  # a prompt comes once and in any length: not worth compiling
-                tables, run = rope_tables, run_blocks
             cache.length += T
         rope = {base: tables(positions, c.head_dim, base) for base in (c.rope_local_base, c.rope_base)}
         x = self.embed_tokens(tokens)  # (B, T, E)
         x = x * torch.tensor(c.emb_dim ** 0.5, dtype=x.dtype)  # 25.25 in bfloat16, as in Gemma
         if torch.is_autocast_enabled(x.device.type):  # less memory to move; in float16 the sum could overflow
             x = x.to(torch.bfloat16 if compute_dtype(x) == torch.bfloat16 else torch.float32)
-        recomputed, every = self.checkpoint_activations and torch.is_grad_enabled(), c.full_attention_every
-        for i in range(0, c.n_layers, every):  # in equal groups, so that one compilation serves all
-            x = run(self.layers[i:i + every], x, rope, caches[i:i + every], recomputed)
+        for i in range(0, c.n_layers, n := c.full_attention_every):  # equal groups: one compilation for all
+            x = run(self.layers[i:i + n], x, rope, caches[i:i + n], self.checkpoint_activations)
         return self.norm(x)
     def forward(self, tokens, targets=None, cache=None):
         x = self.features(tokens, cache)
@@ -319,20 +307,18 @@ class Gemma(nn.Module):
         require(0 < T <= T + max_new_tokens <= context, f"{T} + {max_new_tokens} tokens, not 1 to {context}")
         fits = 0 <= temperature < 1e9 and (top_k is None or top_k > 0) and (top_p is None or 0 < top_p <= 1)
         require(fits, f"temperature {temperature}, top_k {top_k} or top_p {top_p} is out of range")
-        cache, head = KVCache(self, B, T + max_new_tokens), aligned(self.head)
-        stopped = torch.zeros(B, dtype=torch.bool, device=tokens.device)
+        head = F.pad(self.head, (0, 0, 0, -len(self.head) % 64)) if tokens.is_cuda else self.head
+        cache, stopped = KVCache(self, B, T + max_new_tokens), tokens.new_zeros(B, dtype=torch.bool)
         def predict(tokens):
             with torch.backends.mkldnn.flags(tokens.numel() > 1, None, None, None):  # slow with a single row
-                logits = F.linear(self.features(tokens, cache)[:, -1], head)
-            return logits[:, :len(self.head)].float()  # (B, V)
+                return F.linear(self.features(tokens, cache)[:, -1], head)[:, :len(self.head)].float()
         for made in range(max_new_tokens):
             if made == 1 and tokens.is_cuda:  # into a clone, since replaying writes to what was recorded
                 predict = torch.cuda.make_graphed_callables(predict, (tokens.clone(),), num_warmup_iters=1)
                 cache.length -= 1  # recording took a step
             new = sample_token(predict(tokens), temperature, top_k, top_p, generator)
-            if stop_token is not None:
-                new = new.masked_fill(stopped, stop_token)
-                stopped |= new == stop_token
+            new = new.masked_fill(stopped, stop_token or 0)
+            stopped |= new == stop_token  # nothing equals None
             yield new
             if stop_token is not None and stopped.all():
                 return
@@ -479,7 +465,7 @@ def pick_device(name="auto"):
     torch.cuda.set_device(name) if name.startswith("cuda") else None
     return torch.device(name)
 def pick_dtype(name, device):
-    """The dtype of activations, and why; weights, optimizer, norms and loss are float32 in any case."""
+    """The dtype to compute in, and why; training keeps weights, optimizer, norms and loss in float32."""
     if name != "auto":
         return getattr(torch, name), "as asked"
     if device.type == "cuda":  # torch.cuda.is_bf16_supported() counts emulation and says yes on a T4
@@ -534,15 +520,15 @@ def train(config, model, data, state=None):
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # {} if it ran without one
         step, (rows, losses, skips) = state["iteration"] // accum, map(state.get, ("rows", "losses", "skips"))
     model.checkpoint_activations = config.checkpoint_activations
-    run = copy.copy(model)  # the same weights; model itself stays as it is, for validation
-    run.compile() if compiling else None
+    compiled = copy.copy(model)  # with model's weights; validation keeps to model, ready without compiling
+    compiled.compile() if compiling else None
     sums = torch.zeros(model.num_parameters() + 1, device=device)  # all gradients of a step and its loss
     *gradients, loss_sum = sums.split([*(weight.numel() for weight in weights), 1])
     for weight, gradient in zip(weights, gradients):
         weight.grad = gradient.view_as(weight)
     def accumulate(x, y):
         with autocast:
-            loss = run(x, y) / accum
+            loss = compiled(x, y) / accum
         scaler.scale(loss).backward()
         return loss_sum.add_(loss.detach())
     def update(rate):
@@ -556,6 +542,9 @@ def train(config, model, data, state=None):
             scaler.update()
         sums.zero_()
         return loss, norm
+    def fetch(iteration):
+        blocks = training_blocks(iteration, config.batch_size, n_blocks, config.seed)
+        return get_batch(train_data, blocks, config.block_size, device)
     def log(**row):
         rows.append({"iteration": step * accum, "step": step, **row})
         say(" | ".join(f"{name.replace('_', ' ')} {value:,.6g}" for name, value in rows[-1].items()))
@@ -584,9 +573,7 @@ def train(config, model, data, state=None):
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         signals.append(time.monotonic())
-    batches = (get_batch(train_data, training_blocks(i, config.batch_size, n_blocks, config.seed),
-                         config.block_size, device) for i in count(step * accum + rank, world))
-    (x, y), work, stop = next(batches), accumulate, torch.zeros(())
+    (x, y), work, stop = fetch(step * accum + rank), accumulate, torch.zeros(())
     if device.type == "cuda":  # as a CUDA graph: one launch in place of thousands
         work = torch.cuda.make_graphed_callables(accumulate, (x, y), num_warmup_iters=1)
         sums.zero_()
@@ -598,15 +585,15 @@ def train(config, model, data, state=None):
     clock = time.perf_counter()
     for iteration in range(step * accum + rank, steps * accum, world):  # of each step, this process's share
         work(x, y)
-        x, y = next(batches)  # while the device computes
+        x, y = fetch(iteration + world)  # while the device computes
         bar.update(world)
         stop.fill_(len(signals))
         dist.all_reduce(stop) if world > 1 else None  # all leave or none, else the rest would wait
         if stop:  # the resumed run takes this step from its start
             save(needed=True) if rank == 0 else None
-            say(f"stopped at iteration {step * accum:,}; {config.out} is up to date, --resume goes on from it")
+            say(f"stopped at iteration {step * accum:,}; {config.out} is up to date, --resume goes on here")
             break
-        if iteration < (step + 1) * accum - world:  # an update follows the last micro-batch only
+        if iteration < (step + 1) * accum - world:  # this process has more micro-batches in this step
             continue
         rate = learning_rate(config, step)
         loss, norm = update(rate)

@@ -14,8 +14,6 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint as recompute
-if torch.cuda.is_available():  # elsewhere it is not used and takes a second
-    from torch.nn.attention.varlen import varlen_attn
 
 # ---- configuration -----------------------------------------------------------------------------------
 def require(condition, message):
@@ -139,6 +137,7 @@ def sliding_window_attention(q, k, v, window, scale):
     if T == S <= window:
         return attend(q, k, v, is_causal=True, scale=scale, enable_gqa=flash)
     if flash:  # on an H200 twice as fast as FlexAttention and as the blocks below
+        from torch.nn.attention.varlen import varlen_attn  # here: it takes a second, and only a GPU has it
         q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # (B * T or S, H, D)
         starts = torch.arange(B + 1, device=q.device, dtype=torch.int32)
         out = varlen_attn(q, k, v, starts * T, starts * S, T, S, scale=scale, window_size=(window - 1, 0))
@@ -237,7 +236,7 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, head, targets, softmax_loss):
         V, N, head = len(head), max(1, min(4096, ChunkedLoss.logits // len(head))), head.type_as(x)
-        head = F.pad(head, (0, 0, 0, -V % 64)) if x.is_cuda and V % 64 else head  # for faster products
+        head = F.pad(head, (0, 0, 0, -V % 64)) if x.is_cuda and V % 64 else head  # faster in multiples of 64
         total, x_grad, head_grad = 0.0, [], None
         for rows, target in zip(x.split(N), targets[:, None].split(N)):
             loss, grad = softmax_loss(rows @ head.T, target, V)
@@ -377,12 +376,13 @@ def sample_token(logits, temperature, top_k=None, top_p=None, generator=None):
     """Draws a token from each row of logits. (B, V) -> (B,)"""
     if temperature < 1e-6:  # the quotient could overflow
         return logits.argmax(-1)
+    logits = logits / temperature
     if cut := top_k is not None or top_p is not None:
         logits, tokens = logits.topk(min(top_k or logits.size(1), logits.size(1)))  # in falling order
-    p = (logits / temperature).softmax(-1)
-    if cut:  # to the fewest that hold top_p (arXiv 1904.09751)
-        p = p.masked_fill(p.cumsum(-1) - p >= (top_p or math.inf), 0.0)
-    drawn = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)  # never waits for a GPU
+        p = logits.softmax(-1)  # the fewest that hold top_p stay (arXiv 1904.09751)
+        logits = logits.masked_fill(p.cumsum(-1) - p >= (top_p or math.inf), -math.inf)
+    noise = torch.empty_like(logits).exponential_(generator=generator)  # unlike multinomial, it never
+    drawn = (logits - noise.log()).argmax(-1)  # waits for a GPU: the Gumbel-max trick (arXiv 1611.01144)
     return tokens.gather(1, drawn[:, None]).squeeze(1) if cut else drawn
 
 # ---- data and schedule -------------------------------------------------------------------------------

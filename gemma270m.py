@@ -23,7 +23,8 @@ def require(condition, message):
 def require_valid(config, zeros=()):
     """Raises ValueError naming the first field of a config with a wrong type, or that is not positive."""
     for f, x in zip(fields(config), astuple(config)):
-        fits = isinstance(x, (f.type, int)) and (f.type in (bool, str) or 0 < x < 2 ** 31)
+        kind = (float, int) if f.type is float else f.type
+        fits = isinstance(x, kind) and (kind in (bool, str) or 0 < x < 2 ** 31)
         require(fits or x is f.default is None or x == 0 and f.name in zeros, f"{f.name} cannot be {x}")
 
 @dataclass
@@ -150,7 +151,7 @@ def sliding_window_attention(q, k, v, window, scale):
     return torch.cat([block(i) for i in range(0, T, window)], dim=2)
 
 class KVCache:
-    """Keys and values of `length` positions: in a full layer all, in a sliding layer a ring of the last W."""
+    """Keys and values of up to max_length positions (unchecked); in a sliding layer a ring of the last W."""
     def __init__(self, model, batch_size, max_length):
         c, head, self.layers = model.config, model.head, []
         self.length = head.new_zeros((), dtype=torch.long)  # a tensor: the host need not wait
@@ -275,14 +276,13 @@ class Gemma(nn.Module):
         self.softmax_loss = torch.compile(softmax_loss, dynamic=False, options=options)
     def features(self, tokens, cache=None):
         """What the output head reads. (B, T) -> (B, T, E)"""
-        T, c, caches = tokens.size(1), self.config, [None] * len(self.layers)
+        T, c = tokens.size(1), self.config
         require(T <= c.context_length, f"{T} tokens exceed the context, {c.context_length}")
         fast = cache is None or T == 1  # a prompt comes once and in any length: not worth compiling
         tables, run = (self.rope_tables, self.run_blocks) if fast else (rope_tables, run_blocks)
         positions = torch.arange(T, device=tokens.device) + (0 if cache is None else cache.length)
-        if cache is not None:
-            caches = [(*layer, positions) for layer in cache.layers]
-            cache.length += T
+        caches = [(*layer, positions) for layer in cache.layers] if cache else [None] * len(self.layers)
+        cache.length.add_(T) if cache else None
         rope = {base: tables(positions, c.head_dim, base) for base in (c.rope_local_base, c.rope_base)}
         x = self.embed_tokens(tokens)  # (B, T, E)
         x = x * torch.tensor(c.emb_dim ** 0.5, dtype=x.dtype)  # 25.25 in bfloat16, as in Gemma
@@ -459,7 +459,7 @@ def load_checkpoint(path):
 def pick_device(name="auto"):
     """A torch.device; under torchrun each process has its own GPU. Raises ValueError if it is not there."""
     cuda = name == "cuda" or name == "auto" and torch.cuda.is_available()
-    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else {"auto": "cpu"}.get(name, name)
+    name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu" if name == "auto" else name
     here = ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())))
     require(name in here, f"device {name} is not here, only {', '.join(here)}")
     torch.cuda.set_device(name) if name.startswith("cuda") else None
@@ -482,7 +482,7 @@ def bench(config, model, dtype, began, work, update, x, y):
     work(x, y)
     update(0.0)
     ready, threads = time.perf_counter() - began, torch.get_num_threads()
-    a = torch.randn(*[8192 if x.is_cuda else 2048] * 2, device=x.device).to(dtype)
+    a = torch.randn((8192, 8192) if x.is_cuda else (2048, 2048), device=x.device).to(dtype)
     iteration = seconds(lambda: work(x, y)) + seconds(lambda: update(0.0)) / config.grad_accum
     chip, tokens = 2 * len(a) ** 3 / seconds(lambda: a @ a), x.numel() / iteration  # each a second
     speed, memory = tokens * model.flops_per_token(config.block_size), torch.cuda.max_memory_allocated()
@@ -558,7 +558,7 @@ def train(config, model, data, state=None):
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "losses": losses})
             names = list(dict.fromkeys(name for row in rows for name in row))
             table = (",".join(str(row.get(name, "")) for name in names) for row in rows)
-            Path(config.out).with_suffix(".csv").write_text("\n".join((",".join(names), *table, "")))
+            Path(f"{config.out.removesuffix('.pt')}.csv").write_text("\n".join((",".join(names), *table, "")))
         except (OSError, RuntimeError) as error:  # torch.save hides the first in the second
             os.remove(f"{config.out}.tmp") if os.path.isfile(f"{config.out}.tmp") else None
             why = f"{config.out} or its log cannot be written: {error.__context__ or error}"
@@ -638,7 +638,7 @@ def settings(given):
     require(meta["vocab_size"] <= words, f"vocab_size {words} is below the {meta['vocab_size']} of the data")
     require(config.block_size <= longest, f"block_size {config.block_size} exceeds the context or the data")
     before = state and (state["model_config"], state["train_config"].preset, state["data"].get("tokenizer"))
-    same = before in (None, (model.config, preset, meta["tokenizer"]))
+    same = before is None or before == (model.config, preset, meta["tokenizer"])
     require(same, f"resume: {out} has another model or vocabulary than these flags and data")
     return config, model, data, state
 def main(argv=None):

@@ -284,7 +284,8 @@ def test_a_number_out_of_range_raises_value_error_naming_its_field(kind, data):
 @pytest.mark.parametrize("kind, wrong", (
     (GemmaConfig, dict(n_kv_groups=3)), (GemmaConfig, dict(head_dim=7)), (GemmaConfig, dict(vocab_size=0)),
     (TrainConfig, dict(dtype="int8")), (TrainConfig, dict(preset="1b")), (TrainConfig, dict(grad_accum=0)),
-    (TrainConfig, dict(min_lr=1e-3)), (TrainConfig, dict(beta1=1.0)), (TrainConfig, dict(max_iters=31))))
+    (TrainConfig, dict(min_lr=1e-3)), (TrainConfig, dict(beta1=1.0)), (TrainConfig, dict(max_iters=31)),
+    (TrainConfig, dict(out=5)), (TrainConfig, dict(compile=3)), (GemmaConfig, dict(tie_embeddings=5))))
 def test_a_value_that_does_not_fit_raises_value_error_naming_its_field(kind, wrong):
     with pytest.raises(ValueError, match=list(wrong)[0]):
         kind(**wrong)
@@ -977,7 +978,7 @@ def test_resume_takes_settings_from_the_checkpoint_and_flags_override_them(whole
 
 def test_log_lines_come_at_the_steps_after_each_multiple_and_average_over_them(run, tmp_path):
     sizes = dict(grad_accum=3, max_iters=20, eval_interval=7)
-    coarse, fine = run(**sizes, log_interval=4, out=tmp_path / "coarse.pt"), run(**sizes, log_interval=1)
+    coarse, fine = run(**sizes, log_interval=4, out=tmp_path / "coarse.0"), run(**sizes, log_interval=1)
     assert [row["iteration"] for row in coarse["rows"] if "val_loss" in row] == [0, 9, 15, 18]
     assert [row["iteration"] for row in coarse["rows"] if "train_loss" in row] == [6, 9, 12, 18]
     assert column(coarse, "iteration") == [3 * step for step in column(coarse, "step")]
@@ -985,7 +986,7 @@ def test_log_lines_come_at_the_steps_after_each_multiple_and_average_over_them(r
     means = [sum(losses[:2]) / 2, losses[2], losses[3], sum(losses[4:]) / 2]
     assert column(coarse, "train_loss") == pytest.approx(means)
     assert column(coarse, "perplexity") == pytest.approx(np.exp(column(coarse, "val_loss")).tolist())
-    with open(tmp_path / "coarse.csv", newline="") as file:
+    with open(tmp_path / "coarse.0.csv", newline="") as file:
         table = [{name: text for name, text in row.items() if text} for row in csv.DictReader(file)]
     assert table == [{name: str(value) for name, value in row.items()} for row in coarse["rows"]]
 

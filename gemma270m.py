@@ -280,7 +280,7 @@ class Gemma(nn.Module):
         require(T <= c.context_length, f"{T} tokens exceed the context, {c.context_length}")
         fast = cache is None or T == 1  # a prompt comes once and in any length: not worth compiling
         tables, run = (self.rope_tables, self.run_blocks) if fast else (rope_tables, run_blocks)
-        positions = torch.arange(T, device=tokens.device) + (0 if cache is None else cache.length)
+        positions = torch.arange(T, device=tokens.device) + (cache.length if cache else 0)
         caches = [(*layer, positions) for layer in cache.layers] if cache else [None] * len(self.layers)
         cache.length.add_(T) if cache else None
         rope = {base: tables(positions, c.head_dim, base) for base in (c.rope_local_base, c.rope_base)}
@@ -373,7 +373,7 @@ class Gemma(nn.Module):
         weights = self.head.numel() + sum(w.numel() for w in self.layers.parameters() if w.ndim == 2)
         return 6 * weights + 12 * self.config.n_heads * self.config.head_dim * keys
 def sample_token(logits, temperature, top_k=None, top_p=None, generator=None):
-    """Draws a token from each row of logits. (B, V) -> (B,)"""
+    """Draws a token from each row of logits by the Gumbel-max trick (arXiv 1611.01144). (B, V) -> (B,)"""
     if temperature < 1e-6:  # the quotient could overflow
         return logits.argmax(-1)
     logits = logits / temperature
@@ -381,8 +381,8 @@ def sample_token(logits, temperature, top_k=None, top_p=None, generator=None):
         logits, tokens = logits.topk(min(top_k or logits.size(1), logits.size(1)))  # in falling order
         p = logits.softmax(-1)  # the fewest that hold top_p stay (arXiv 1904.09751)
         logits = logits.masked_fill(p.cumsum(-1) - p >= (top_p or math.inf), -math.inf)
-    noise = torch.empty_like(logits).exponential_(generator=generator)  # unlike multinomial, it never
-    drawn = (logits - noise.log()).argmax(-1)  # waits for a GPU: the Gumbel-max trick (arXiv 1611.01144)
+    noise = torch.empty_like(logits).exponential_(generator=generator)
+    drawn = (logits - noise.log()).argmax(-1)  # torch.multinomial would wait for the GPU
     return tokens.gather(1, drawn[:, None]).squeeze(1) if cut else drawn
 
 # ---- data and schedule -------------------------------------------------------------------------------

@@ -2351,6 +2351,7 @@ def compare(argv=None):
         parser.add_argument(f"--{name}", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     args, config, device = parser.parse_args(argv), GemmaConfig(), gemma270m.pick_device()
     args.shape = args.batch_size, args.block_size
+    parser.error("max_new_tokens must be at least 3") if args.max_new_tokens < 3 else None
     torch.set_num_threads(os.cpu_count())
     how = compare_training if args.what == "train" else compare_decoding
     *works, tokens, alone = how(args, config, device, transformers_peer(config, 0)[0].to(device))

@@ -272,14 +272,13 @@ class Gemma(nn.Module):
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is, after a warning
         self.run_blocks = torch.compile(run_blocks, dynamic=False, **options)
         self.rope_tables = torch.compile(rope_tables, dynamic=False)
-        options = {"coordinate_descent_tuning": True, "online_softmax": False}
-        self.softmax_loss = torch.compile(softmax_loss, dynamic=False, options=options)
+        self.softmax_loss = torch.compile(softmax_loss, dynamic=False)
     def features(self, tokens, cache=None):
         """What the output head reads. (B, T) -> (B, T, E)"""
         T, c = tokens.size(1), self.config
         require(T <= c.context_length, f"{T} tokens exceed the context, {c.context_length}")
-        fast = cache is None or T == 1  # a prompt comes once and in any length: not worth compiling
-        tables, run = (self.rope_tables, self.run_blocks) if fast else (rope_tables, run_blocks)
+        run = self.run_blocks if cache is None or T == 1 else run_blocks  # a prompt's length seldom recurs
+        tables = self.rope_tables if T == 1 else rope_tables  # only with one token do its small kernels count
         positions = torch.arange(T, device=tokens.device) + (cache.length if cache else 0)
         caches = [(*layer, positions) for layer in cache.layers] if cache else [None] * len(self.layers)
         cache.length.add_(T) if cache else None

@@ -546,7 +546,8 @@ def train(config, model, data, state=None):
         return get_batch(train_data, blocks, config.block_size, device)
     def log(**row):
         rows.append({"iteration": step * accum, "step": step, **row})
-        say(" | ".join(f"{name.replace('_', ' ')} {value:,.6g}" for name, value in rows[-1].items()))
+        style = {int: ",", float: ",.6g"}
+        say(" | ".join(f"{name.replace('_', ' ')} {x:{style[type(x)]}}" for name, x in rows[-1].items()))
     def save(needed):
         require(all(weight.isfinite().all() for weight in weights), f"weights are not finite at iteration "
                 f"{step * accum:,}, lr {rate:.1e}; {config.out} stays as it was")
@@ -602,7 +603,7 @@ def train(config, model, data, state=None):
                 f"iteration {step * accum:,}, lr {rate:.1e}; {config.out} is that of the last save")
         if step == steps or step * accum % config.log_interval < accum:  # a multiple lies in this step
             loss, losses, speed = sum(losses) / len(losses), [], step_tokens / (time.perf_counter() - clock)
-            log(train_loss=loss, lr=rate, grad_norm=norm, skipped=skips, tokens_per_second=speed)
+            log(train_loss=loss, lr=rate, grad_norm=norm, skipped=skips, tokens_per_second=round(speed))
         if step == steps or step * accum % config.eval_interval < accum:
             validate()
         clock = time.perf_counter()

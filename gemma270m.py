@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np, torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F, tqdm
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
-from torch.utils.benchmark import Timer
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils import benchmark, checkpoint as recompute
 
 # ---- configuration -----------------------------------------------------------------------------------
 def require(condition, message):
@@ -70,7 +69,7 @@ PRESETS = {"270m": {},  # sets of flags; any flag given beside --preset wins
 class TrainConfig:
     """One training run. Raises ValueError naming the field that does not fit."""
     preset: str = "auto"  # 270m, tiny, finetune; auto: finetune with --init_from, 270m on a GPU, else tiny
-    init_from: str = None  # model to fine-tune: a folder that transformers reads, or its name on the hub
+    init_from: str = None  # model to fine-tune: a folder, as sample.py --export writes, or a name on the hub
     data_dir: str = "data"  # folder that prepare.py wrote
     out: str = "out.pt"  # checkpoint; the log lies beside it as .csv
     resume: bool = False  # continue the run in --out; flags given win; best leave batch_size and grad_accum
@@ -99,7 +98,7 @@ class TrainConfig:
         require_valid(self, "warmup_iters min_lr beta1 beta2 weight_decay grad_clip seed".split())
         require(self.min_lr is None or self.min_lr <= self.lr, f"min_lr {self.min_lr} exceeds lr {self.lr}")
         require(max(self.beta1, self.beta2) < 1, f"beta1 {self.beta1} or beta2 {self.beta2} is too large")
-        require(self.max_iters >= self.grad_accum, f"max_iters {self.max_iters} is less than one step")
+        require(self.max_iters >= self.grad_accum, f"max_iters {self.max_iters} is less than grad_accum")
         require(self.preset in ("auto", *PRESETS), f"preset must be auto, {' or '.join(PRESETS)}")
         require(self.dtype in ("auto", "bfloat16", "float16", "float32"), f"dtype cannot be {self.dtype}")
 
@@ -150,14 +149,6 @@ def sliding_window_attention(q, k, v, window, scale):
         return attend(q[:, :, i:i + window], k[:, :, keys], v[:, :, keys], mask, scale=scale)
     return torch.cat([block(i) for i in range(0, T, window)], dim=2)
 
-class KVCache:
-    """Keys and values of up to max_length positions (unchecked); in a sliding layer a ring of the last W."""
-    def __init__(self, model, batch_size, max_length):
-        c, head, self.layers = model.config, model.head, []
-        self.length = head.new_zeros((), dtype=torch.long)  # a tensor: the host need not wait
-        for layer in (block.self_attn for block in model.layers):
-            shape = 2, batch_size, c.n_kv_groups, min(max_length, layer.window), c.head_dim
-            self.layers.append((layer.qkv_weight(), head.new_zeros(shape, dtype=compute_dtype(head))))
 def cached_attention(store, positions, q, k, v, window, scale):
     """Attention at positions (T,), whose keys and values join a layer's store (2, B, G, size, D). -> as q"""
     size, new = store.size(3), torch.stack((k, v))  # (2, B, G, T, D)
@@ -173,7 +164,7 @@ def cached_attention(store, positions, q, k, v, window, scale):
     return (p @ v).flatten(1, 2).unsqueeze(2)
 
 class Attention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245) with normalised queries and keys. (B, T, E) -> (B, T, E)"""
+    """Grouped-query attention (arXiv 2305.13245), q and k normalised. x (B, T, E), rope {base: table} -> x"""
     def __init__(self, config, kind):
         super().__init__()
         E, H, G, D = config.emb_dim, config.n_heads, config.n_kv_groups, config.head_dim
@@ -186,7 +177,7 @@ class Attention(nn.Module):
     def qkv_weight(self):  # one product is faster than three
         return torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
     def forward(self, x, rope, cache=None):
-        weight, *place = cache or (self.qkv_weight(),)  # place: the layer's store, and the positions of x
+        weight, *place = cache or (self.qkv_weight(),)  # cache: weight, the layer's store, positions of x
         y = F.linear(x, weight).unflatten(-1, (sum(self.heads), -1))  # (B, T, H + 2 G, D)
         q, k, v = y.split(self.heads, dim=2)  # (B, T, H or G, D)
         q = apply_rope(self.q_norm(q).transpose(1, 2), rope[self.rope_base])  # (B, H, T, D)
@@ -219,9 +210,17 @@ class Block(nn.Module):
 def run_blocks(blocks, x, rope, caches, recomputed):
     """x through some blocks; recomputed ones keep nothing for the backward pass. (B, T, E) -> (B, T, E)"""
     for block, cache in zip(blocks, caches):
-        run = functools.partial(recompute, block, use_reentrant=False, preserve_rng_state=False)
+        run = functools.partial(recompute.checkpoint, block, use_reentrant=False, preserve_rng_state=False)
         x = (run if recomputed else block)(x, rope, cache)
     return x
+class KVCache:
+    """Each layer's q, k, v weights, keys and values of up to max_length positions (unchecked); sliding: W."""
+    def __init__(self, model, batch_size, max_length):
+        c, head, self.layers = model.config, model.head, []
+        self.length = head.new_zeros((), dtype=torch.long)  # a tensor: the host need not wait
+        for layer in (block.self_attn for block in model.layers):
+            shape = 2, batch_size, c.n_kv_groups, min(max_length, layer.window), c.head_dim
+            self.layers.append((layer.qkv_weight(), head.new_zeros(shape, dtype=compute_dtype(head))))
 def softmax_loss(logits, targets, vocab_size):
     """Summed loss over the first vocab_size columns, without targets of -1; its gradient. (N, V), (N, 1)"""
     z, seen = logits.float(), targets >= 0
@@ -232,22 +231,24 @@ def softmax_loss(logits, targets, vocab_size):
     return loss, z.exp_().add_(wanted, alpha=-1).mul_(seen).type_as(logits)
 
 class ChunkedLoss(torch.autograd.Function):
-    """Summed cross-entropy of x @ head.T, and its gradient on the way. x (N, E), head (V, E), targets (N,)"""
+    """Summed cross-entropy of x @ head.T, in training with gradient. x (N, E), head (V, E), targets (N,)"""
     logits = 2 ** 28  # at a time: 0.5 GB in half precision
     @staticmethod
-    def forward(ctx, x, head, targets, softmax_loss):
+    def forward(ctx, x, head, targets, softmax_loss, training):
         V, N, head = len(head), max(1, min(4096, ChunkedLoss.logits // len(head))), head.type_as(x)
         head = F.pad(head, (0, 0, 0, -V % 64)) if x.is_cuda and V % 64 else head  # faster in multiples of 64
         total, x_grad, head_grad = 0.0, [], None
         for rows, target in zip(x.split(N), targets[:, None].split(N)):
             loss, grad = softmax_loss(rows @ head.T, target, V)
-            part, total, x_grad = grad.T @ rows, total + loss, [*x_grad, grad @ head]
-            head_grad = part.float() if head_grad is None else head_grad.add_(part)
-        ctx.save_for_backward(torch.cat(x_grad), head_grad[:V])
+            total = total + loss
+            if training:  # at once: the logits are too large to keep
+                part, x_grad = grad.T @ rows, [*x_grad, grad @ head]
+                head_grad = part.float() if head_grad is None else head_grad.add_(part)
+        ctx.save_for_backward(torch.cat(x_grad), head_grad[:V]) if training else None
         return total
     @staticmethod
     def backward(ctx, scale):
-        return *(gradient.mul_(scale) for gradient in ctx.saved_tensors), None, None
+        return *(gradient.mul_(scale) for gradient in ctx.saved_tensors), None, None, None
 
 class Gemma(nn.Module):
     """Gemma 3: model(tokens) -> logits (B, T, V); model(tokens, targets) -> mean cross-entropy, a scalar.
@@ -271,8 +272,7 @@ class Gemma(nn.Module):
         """Compiles what repeats: about as fast as torch.compile(model), and ready in a third of the time."""
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is, after a warning
         self.run_blocks = torch.compile(run_blocks, dynamic=False, **options)
-        self.rope_tables = torch.compile(rope_tables, dynamic=False)
-        self.softmax_loss = torch.compile(softmax_loss, dynamic=False)
+        self.rope_tables, self.softmax_loss = map(torch.compile(dynamic=False), (rope_tables, softmax_loss))
     def features(self, tokens, cache=None):
         """What the output head reads. (B, T) -> (B, T, E)"""
         T, c = tokens.size(1), self.config
@@ -295,7 +295,8 @@ class Gemma(nn.Module):
         if targets is None:
             return F.linear(x, self.head)  # (B, T, V)
         x, targets = x.flatten(0, 1).to(compute_dtype(x)), targets.flatten()
-        return ChunkedLoss.apply(x, self.head, targets, self.softmax_loss) / (targets >= 0).sum().clamp(min=1)
+        loss = ChunkedLoss.apply(x, self.head, targets, self.softmax_loss, torch.is_grad_enabled())
+        return loss / (targets >= 0).sum().clamp(min=1)
     @torch.inference_mode()
     def stream(self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_token=None,
                generator=None):
@@ -471,13 +472,13 @@ def pick_dtype(name, device):
         major, minor = torch.cuda.get_device_capability(device)
         fast = torch.bfloat16 if major >= 8 else torch.float16 if major == 7 else torch.float32
         return fast, f"compute capability {major}.{minor}"
-    full, half = (Timer("a @ a", globals={"a": torch.ones(512, 512, dtype=dtype)}).blocked_autorange(
-        min_run_time=0.1).median for dtype in (torch.float32, torch.bfloat16))  # some CPUs only emulate it
+    full, half = (benchmark.Timer("a @ a", globals=dict(a=torch.ones(512, 512, dtype=t))).blocked_autorange(
+        min_run_time=0.1).median for t in (torch.float32, torch.bfloat16))  # some CPUs only emulate it
     return (torch.bfloat16 if half < 0.8 * full else torch.float32), f"bfloat16 {full / half:.2g} x as fast"
 def bench(config, model, dtype, began, work, update, x, y):
     """Prints how long training takes, its memory, and its share of the device's rate in matrix products."""
-    def seconds(f):  # of a call, as a median
-        return Timer("f()", globals={"f": f}, num_threads=threads).blocked_autorange(min_run_time=3).median
+    seconds = lambda f: benchmark.Timer("f()", globals=dict(f=f), num_threads=threads).blocked_autorange(
+        min_run_time=3).median  # of a call
     work(x, y)
     update(0.0)
     ready, threads = time.perf_counter() - began, torch.get_num_threads()
@@ -495,10 +496,9 @@ def train(config, model, data, state=None):
     steps, step_tokens = config.max_iters // accum, config.batch_size * accum * config.block_size
     n_blocks, epochs = (len(train_data) - 1) // config.block_size, steps * step_tokens / len(train_data)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    fits = accum % world == 0 and (world == 1 or not config.bench)
-    require(fits, f"{world} processes: bench wants one, and grad_accum {accum} a divisor")
-    device = pick_device(config.device)
-    dtype, reason = pick_dtype(config.dtype, device)
+    require(world == 1 or not config.bench, "bench wants a single process")
+    require(accum % world == 0, f"{world} processes cannot share grad_accum {accum}: take a multiple")
+    dtype, reason = pick_dtype(config.dtype, device := pick_device(config.device))
     compiling = device.type == "cuda" if config.compile is None else config.compile
     dist.init_process_group("cpu:gloo" + ",cuda:nccl" * (device.type == "cuda")) if world > 1 else None
     say = (lambda line: (tqdm.tqdm.write(line), print(end="", flush=True))) if rank == 0 else lambda _: None
@@ -546,8 +546,7 @@ def train(config, model, data, state=None):
         return get_batch(train_data, blocks, config.block_size, device)
     def log(**row):
         rows.append({"iteration": step * accum, "step": step, **row})
-        style = {int: ",", float: ",.6g"}
-        say(" | ".join(f"{name.replace('_', ' ')} {x:{style[type(x)]}}" for name, x in rows[-1].items()))
+        say(" | ".join(f"{name.replace('_', ' ')} {value:,.7g}" for name, value in rows[-1].items()))
     def save(needed):
         require(all(weight.isfinite().all() for weight in weights), f"weights are not finite at iteration "
                 f"{step * accum:,}, lr {rate:.1e}; {config.out} stays as it was")
@@ -593,17 +592,16 @@ def train(config, model, data, state=None):
             save(needed=True) if rank == 0 else None
             say(f"stopped at iteration {step * accum:,}; {config.out} is up to date, --resume goes on here")
             break
-        if iteration < (step + 1) * accum - world:  # this process has more micro-batches in this step
+        if (iteration + world) // accum == step:  # this process's next micro-batch is in the same step
             continue
-        rate = learning_rate(config, step)
-        loss, norm = update(rate)
+        loss, norm = update(rate := learning_rate(config, step))
         step, losses, faults = step + 1, [*losses, loss], 0 if math.isfinite(norm) else faults + 1
         skips += faults > 0
         require(faults < (25 if scaler.is_enabled() else 3), f"no finite gradient in {faults} steps up to "
                 f"iteration {step * accum:,}, lr {rate:.1e}; {config.out} is that of the last save")
         if step == steps or step * accum % config.log_interval < accum:  # a multiple lies in this step
             loss, losses, speed = sum(losses) / len(losses), [], step_tokens / (time.perf_counter() - clock)
-            log(train_loss=loss, lr=rate, grad_norm=norm, skipped=skips, tokens_per_second=round(speed))
+            log(train_loss=loss, lr=rate, grad_norm=norm, skipped=skips, tokens_per_second=speed)
         if step == steps or step * accum % config.eval_interval < accum:
             validate()
         clock = time.perf_counter()
@@ -614,7 +612,7 @@ def train(config, model, data, state=None):
 def settings(given):
     """The flags that were given -> TrainConfig, model, data, checkpoint or None. Raises ValueError."""
     out, preset = Path(given.get("out", TrainConfig.out)), given.get("preset", "auto")
-    require((out.is_file() or not out.exists()) and out.suffix != ".csv", f"out cannot be {out}")
+    require(out.is_file() or out.parent.is_dir() and not out.exists(), f"out cannot be {out}")
     state = load_checkpoint(out) if given.get("resume") else None
     cuda = pick_device(given.get("device", "auto")).type == "cuda"
     fresh = "finetune" if "init_from" in given else "270m" if cuda else "tiny"
@@ -631,15 +629,17 @@ def settings(given):
     torch.manual_seed(config.seed)  # the same weights in every process
     source, shape.vocab_size = None if state else config.init_from, {**meta, **values}["vocab_size"]
     model = Gemma(shape) if source is None else Gemma.from_pretrained(source)
+    require(source or state or config.bench or preset != "finetune", "preset finetune wants init_from")
     fits = source is None or meta["tokenizer"] in ("random", source, os.path.realpath(source))
     require(fits, f"init_from wants data of prepare.py --tokenizer {source}, not of {meta['tokenizer']}")
     require(source is None or not given.keys() & vars(shape).keys(), "init_from takes no flags of the model")
     words, longest = model.config.vocab_size, min(len(tokens) - 1, model.config.context_length)
     require(meta["vocab_size"] <= words, f"vocab_size {words} is below the {meta['vocab_size']} of the data")
-    require(config.block_size <= longest, f"block_size {config.block_size} exceeds the context or the data")
-    before = state and (state["model_config"], state["train_config"].preset, state["data"].get("tokenizer"))
-    same = before is None or before == (model.config, preset, meta["tokenizer"])
-    require(same, f"resume: {out} has another model or vocabulary than these flags and data")
+    require(config.block_size <= longest, f"block_size {config.block_size}, but context or data: {longest}")
+    kept = ["tokenizer"] if "data_dir" in given else list(meta)  # what the data must have in common
+    before = state and [state["model_config"], state["train_config"].preset, *map(state["data"].get, kept)]
+    fits = config.bench or before in (None, [model.config, preset, *map(meta.get, kept)])
+    require(fits, f"resume: {out} has another model, vocabulary or data (--data_dir names other data)")
     return config, model, data, state
 def main(argv=None):
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)

@@ -160,7 +160,7 @@ def load_tokenizer(name, timeout=60):
     if name != "gpt2":
         if os.path.isdir(name) or name.count("/") == 1:
             return FolderTokenizer(name)
-        raise ValueError(f"unknown tokenizer {name!r} (choose gpt2, bytes or a folder with tokenizer.json)")
+        raise ValueError(f"no tokenizer {name!r} here; --tokenizer: gpt2, bytes, folder of tokenizer.json")
     try:
         known = in_background(tiktoken.get_encoding, name).result(timeout)
         return Encoding(name, pat_str=known._pat_str, mergeable_ranks=known._mergeable_ranks,
@@ -669,6 +669,8 @@ def prepare(args):
     for name, file in (("train.bin", train), ("val.bin", val)):
         print(f"{out / name}: {file.stories:,} stories, {file.tokens:,} tokens, "
               f"{file.tokens * dtype.itemsize / 1e6:,.1f} MB")
+    if not val_stories and 10 * val.tokens > train.tokens:
+        print("Validation took more than a tenth of the text, the first document: --val_input names another.")
     flag = "" if args.out_dir == "data" else f" --data_dir {shlex.quote(args.out_dir)}"
     flag += f" --init_from {shlex.quote(args.tokenizer)}" if isinstance(encoding, FolderTokenizer) else ""
     print(f"Tokenizer {encoding.name} ({encoding.n_vocab:,} different tokens), {time.time() - start:.1f} s.")

@@ -49,16 +49,19 @@ def read_prompt(prompt):
         raise ValueError(f"prompt: {path} cannot be read as UTF-8 text: {error}") from None
 
 
-def load(ckpt):
-    """The model of a checkpoint or of a folder, its tokenizer and end-of-text token. Raises ValueError."""
+def load(ckpt, tokenizer=None):
+    """The model of a checkpoint or of a folder, its tokenizer and end-of-text token. Raises ValueError.
+
+    `tokenizer` names one to take in place of that of the checkpoint, whose folder may have moved.
+    """
     if not (ckpt.endswith(".pt") or Path(ckpt).is_file()):
-        model, tokenizer = Gemma.from_pretrained(ckpt), load_tokenizer(ckpt)
+        model, tokenizer = Gemma.from_pretrained(ckpt), load_tokenizer(tokenizer or ckpt)
         return model, tokenizer, tokenizer.eot_token
     state = load_checkpoint(ckpt)
     require({"tokenizer", "end_of_text"} <= state["data"].keys(), f"{ckpt} does not name its tokenizer")
     model = Gemma(state["model_config"])
     model.load_state_dict(state["model"])
-    return model, load_tokenizer(state["data"]["tokenizer"]), state["data"]["end_of_text"]
+    return model, load_tokenizer(tokenizer or state["data"]["tokenizer"]), state["data"]["end_of_text"]
 
 
 def sample(args):
@@ -67,7 +70,7 @@ def sample(args):
     require(args.seed is None or abs(args.seed) < 2 ** 63, f"seed cannot be {args.seed}")
     require(args.max_new_tokens is None or args.max_new_tokens > 0, "max_new_tokens must be at least 1")
     prompt, device = read_prompt(args.prompt), pick_device(args.device)
-    model, tokenizer, end = load(args.ckpt)
+    model, tokenizer, end = load(args.ckpt, args.tokenizer)
     if args.export:
         model.save_pretrained(args.export, tokenizer)
         print(f"{args.export}: {model.num_parameters():,} parameters, tokenizer {tokenizer.name}")
@@ -114,6 +117,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--ckpt", default="out.pt", help="checkpoint of gemma270m.py, or a folder that transformers "
         "reads, or its name on the hub (default: %(default)s)")
+    add("--tokenizer", metavar="FOLDER", help="the checkpoint's tokenizer, if its folder has moved")
     add("--export", metavar="FOLDER", help="write the model there for transformers, and end")
     add("--prompt", default="", help="text to continue, or FILE:PATH; without one a new document starts")
     add("--num_samples", type=int, default=1, help="continuations in one batch (default: %(default)s)")

@@ -966,19 +966,19 @@ def test_weights_that_are_not_finite_are_not_saved(run, tmp_path, capsys, monkey
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads memory and open files from /proc")
-def test_memory_and_open_files_stay_the_same_over_two_thousand_iterations(run, monkeypatch):
+def test_memory_and_open_files_stay_the_same_over_a_thousand_iterations(run, monkeypatch):
     calls, used = itertools.count(), []
 
     def measured_get_batch(*args):
-        if next(calls) % 500 == 0:
+        if next(calls) % 250 == 0:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             used.append((pages * resource.getpagesize(), len(os.listdir("/proc/self/fd"))))
         return get_batch(*args)
 
     monkeypatch.setattr(gemma270m, "get_batch", measured_get_batch)
-    run(max_iters=2_000, n_layers=1, batch_size=1, eval_interval=100, log_interval=100)
+    run(max_iters=1_000, n_layers=1, batch_size=1, eval_interval=50, log_interval=50)
     (memory, files), (later_memory, later_files) = used[1], used[-1]
-    assert len(used) >= 4 and later_files == files and later_memory - memory < 2 ** 22
+    assert len(used) >= 4 and later_files == files and later_memory - memory < 2 ** 21
 
 
 def test_resume_takes_settings_from_the_checkpoint_and_flags_override_them(whole, tmp_path, monkeypatch):

@@ -148,7 +148,6 @@ def sliding_window_attention(q, k, v, window, scale):
         mask = (age >= 0) & (age < window)
         return attend(q[:, :, i:i + window], k[:, :, keys], v[:, :, keys], mask, scale=scale)
     return torch.cat([block(i) for i in range(0, T, window)], dim=2)
-
 def cached_attention(store, positions, q, k, v, window, scale):
     """Attention at positions (T,), whose keys and values join a layer's store (2, B, G, size, D). -> as q"""
     size, new = store.size(3), torch.stack((k, v))  # (2, B, G, T, D)
@@ -213,6 +212,7 @@ def run_blocks(blocks, x, rope, caches, recomputed):
         run = functools.partial(recompute.checkpoint, block, use_reentrant=False, preserve_rng_state=False)
         x = (run if recomputed else block)(x, rope, cache)
     return x
+
 class KVCache:
     """Each layer's q, k, v weights, keys and values of up to max_length positions (unchecked); sliding: W."""
     def __init__(self, model, batch_size, max_length):
@@ -635,7 +635,7 @@ def settings(given):
     require(source is None or not given.keys() & vars(shape).keys(), "init_from takes no flags of the model")
     words, longest = model.config.vocab_size, min(len(tokens) - 1, model.config.context_length)
     require(meta["vocab_size"] <= words, f"vocab_size {words} is below the {meta['vocab_size']} of the data")
-    require(config.block_size <= longest, f"block_size {config.block_size}, but context or data: {longest}")
+    require(config.block_size <= longest, f"block_size {config.block_size} exceeds context or data: {longest}")
     kept = ["tokenizer"] if "data_dir" in given else list(meta)  # what the data must have in common
     before = state and [state["model_config"], state["train_config"].preset, *map(state["data"].get, kept)]
     fits = config.bench or before in (None, [model.config, preset, *map(meta.get, kept)])

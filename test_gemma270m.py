@@ -1184,7 +1184,7 @@ def workplace(data, whole, tmp_path_factory):
     ("--n_kv_groups=3", "n_kv_groups"), ("--seed=-1", "seed"), ("--batch_size=1000000000000", "batch_size"),
     ("--context_length=2000 --block_size=2001", "block_size"), ("--out=no/folder/out.pt", "no/folder"),
     ("--out=data", "out"), ("--out=pipe", "pipe"), ("--out=pipe --overwrite", "pipe"),
-    ("--preset=finetune", "init_from"), ("--block_size=65", ": 64"), ("--max_iters=1", "grad_accum"),
+    ("--preset=finetune", "init_from"), ("--block_size=65", "exceeds 64"), ("--max_iters=1", "grad_accum"),
     ("--out=out.pt", "--resume goes on"), ("--resume --out=nowhere.pt", "nowhere.pt"),
     ("--resume --out=data/train.bin", "train.bin"), ("--resume --emb_dim=24", "another model"),
     ("--resume --preset=270m", "another model"), ("--resume --data_dir=large", "vocab_size"),

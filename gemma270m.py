@@ -601,7 +601,7 @@ def train(config, model, data, state=None):
                 f"iteration {step * accum:,}, lr {rate:.1e}; {config.out} is that of the last save")
         if step == steps or step * accum % config.log_interval < accum:  # a multiple lies in this step
             loss, losses, speed = sum(losses) / len(losses), [], step_tokens / (time.perf_counter() - clock)
-            log(train_loss=loss, lr=rate, grad_norm=norm, skipped=skips, tokens_per_second=speed)
+            log(train_loss=loss, lr=rate, grad_norm=norm, skipped=skips, tokens_per_second=round(speed))
         if step == steps or step * accum % config.eval_interval < accum:
             validate()
         clock = time.perf_counter()
@@ -633,9 +633,9 @@ def settings(given):
     fits = source is None or meta["tokenizer"] in ("random", source, os.path.realpath(source))
     require(fits, f"init_from wants data of prepare.py --tokenizer {source}, not of {meta['tokenizer']}")
     require(source is None or not given.keys() & vars(shape).keys(), "init_from takes no flags of the model")
-    words, longest = model.config.vocab_size, min(len(tokens) - 1, model.config.context_length)
+    words, most = model.config.vocab_size, min(len(tokens) - 1, model.config.context_length)
     require(meta["vocab_size"] <= words, f"vocab_size {words} is below the {meta['vocab_size']} of the data")
-    require(config.block_size <= longest, f"block_size {config.block_size} exceeds {longest}, context or data")
+    require(config.block_size <= most, f"block_size {config.block_size} exceeds {most}, context or data")
     kept = ["tokenizer"] if "data_dir" in given else list(meta)  # what the data must have in common
     before = state and [state["model_config"], state["train_config"].preset, *map(state["data"].get, kept)]
     fits = config.bench or before in (None, [model.config, preset, *map(meta.get, kept)])

@@ -635,11 +635,11 @@ def settings(given):
     require(source is None or not given.keys() & vars(shape).keys(), "init_from takes no flags of the model")
     words, most = model.config.vocab_size, min(len(tokens) - 1, model.config.context_length)
     require(meta["vocab_size"] <= words, f"vocab_size {words} is below the {meta['vocab_size']} of the data")
-    require(config.block_size <= most, f"block_size {config.block_size} exceeds {most}, context or data")
     kept = ["tokenizer"] if "data_dir" in given else list(meta)  # what the data must have in common
     before = state and [state["model_config"], state["train_config"].preset, *map(state["data"].get, kept)]
     fits = config.bench or before in (None, [model.config, preset, *map(meta.get, kept)])
     require(fits, f"resume: {out} has another model, vocabulary or data (--data_dir names other data)")
+    require(config.block_size <= most, f"block_size {config.block_size} exceeds {most}, context or data")
     return config, model, data, state
 def main(argv=None):
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)

@@ -163,7 +163,7 @@ def cached_attention(store, positions, q, k, v, window, scale):
     return (p @ v).flatten(1, 2).unsqueeze(2)
 
 class Attention(nn.Module):
-    """Grouped-query attention (arXiv 2305.13245), q and k normalised. x (B, T, E), rope {base: table} -> x"""
+    """Grouped-query attention (arXiv 2305.13245), q, k normalised. x (B, T, E), rope {base: table} -> as x"""
     def __init__(self, config, kind):
         super().__init__()
         E, H, G, D = config.emb_dim, config.n_heads, config.n_kv_groups, config.head_dim
@@ -214,7 +214,7 @@ def run_blocks(blocks, x, rope, caches, recomputed):
     return x
 
 class KVCache:
-    """Each layer's q, k, v weights, keys and values of up to max_length positions (unchecked); sliding: W."""
+    """Each layer's q, k, v weights, and keys and values: of max_length positions (unchecked) or the last W."""
     def __init__(self, model, batch_size, max_length):
         c, head, self.layers = model.config, model.head, []
         self.length = head.new_zeros((), dtype=torch.long)  # a tensor: the host need not wait

@@ -214,7 +214,7 @@ def run_blocks(blocks, x, rope, caches, recomputed):
     return x
 
 class KVCache:
-    """Each layer's q, k, v weights, and keys and values: of max_length positions (unchecked) or the last W."""
+    """Each layer's q, k, v weights, and keys and values of max_length positions (unchecked) or the last W."""
     def __init__(self, model, batch_size, max_length):
         c, head, self.layers = model.config, model.head, []
         self.length = head.new_zeros((), dtype=torch.long)  # a tensor: the host need not wait

@@ -1,22 +1,21 @@
+"""Turns text into the tokens that gemma270m.py trains on.
+
+    python prepare.py                                               # TinyStories
+    python prepare.py --input my.txt "more/*.jsonl.gz"              # your own text
+    python prepare.py --input my.txt --tokenizer 8192               # with words learned from it
+    python prepare.py --input my.txt --model google/gemma-3-270m    # to fine-tune that model
+
+Writes train.bin and val.bin, plain arrays of uint16 (uint32 for a vocabulary above 65,536), the
+tokenizer's files, with --model the weights as init.pt, and last meta.json, which describes it all.
+Text goes through this file as pairs (text, ends): whether its document ends with this text.
 """
-Turns text into the token files that gemma270m.py trains on.
 
-    python prepare.py                                      TinyStories with the GPT-2 vocabulary
-    python prepare.py --input my.txt "more/*.jsonl.gz"     your own text
-    python prepare.py --input my.txt --tokenizer bytes     no vocabulary to download
-    python prepare.py --input my.txt --tokenizer FOLDER    that of a model, to fine-tune it
-
-Writes OUT_DIR/train.bin and OUT_DIR/val.bin, plain arrays of uint16 (uint32 for a vocabulary above 65,536) in
-which an end-of-text token follows each story, and last OUT_DIR/meta.json, which says what they hold.
-
-A story travels through this file as pieces of text and then None, so that a document of any size needs no
-more memory than a small one.
-"""
 import argparse
+import errno
 import glob
 import gzip
+import hashlib
 import io
-import itertools
 import json
 import lzma
 import os
@@ -24,699 +23,636 @@ import random
 import re
 import shlex
 import shutil
+import signal
+import socket
+import subprocess
 import sys
-import textwrap
-import threading
 import time
 import zlib
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections import Counter
+from configparser import ConfigParser
+from dataclasses import asdict
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
+# Set before the packages are imported. A download over plain HTTP ends at once with Ctrl-C.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+
 import numpy as np
-import tiktoken
+import tokenizers
+from huggingface_hub import HfApi, constants, get_token, hf_hub_download
+from huggingface_hub.errors import HTTPError
+from pyarrow import ArrowException
+from pyarrow.parquet import ParquetFile
 from tqdm import tqdm
 
 END_OF_TEXT = "<|endoftext|>"
-DATASET = "roneneldan/TinyStories"
-OUTPUTS = ("train.bin", "val.bin", "meta.json")  # meta.json comes last: it vouches for the other two
-PIECE = 2**19     # characters encoded at once; tiktoken's GPT-2 pattern fails on a million spaces in a row
-MAX_LINE = 2**27  # bytes; a line of JSON is parsed whole, so the longest one decides the peak of memory
-WORKERS = min(8, os.cpu_count() or 1)
-DEADLINE = 5      # seconds to wait for the network before going on without it
-HELD_OUT = 100    # one story in so many is for validation
+TINYSTORIES = "roneneldan/TinyStories"
+ALL_STORIES = 2_119_719  # in its training split
+SMALL_STORIES = 10_000  # as many as the preset for a CPU can use in its few minutes
+SMALL_VOCABULARY = "2048"  # with GPT-2's words the head would be most of a small model's work
+BUILT_IN = "made-up stories of a small built-in grammar"
+GRAMMAR = Path(__file__).resolve().parent / "assets" / "stories.txt"
+HELD_OUT = 100  # one document in so many is for validation
+PART = 2**13  # characters that are encoded as one string
+BATCH = 256  # strings that are encoded in one call, on all cores
+LEARN_FROM = 10_000  # strings from which a vocabulary is learned
+WAITS = (1, 4, 16, 0)  # seconds between tries where the hub's client does not try again itself
+GPT2 = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
 
-def reason(error):
-    """One short line for any exception."""
-    text = f"{type(error).__name__}: {error}".rstrip(": ")
-    return getattr(error, "strerror", None) or textwrap.shorten(text, 160)
+def one_line(error):
+    return " ".join(str(error).split()) or type(error).__name__
 
 
-@contextmanager
-def blame(source):
-    """Turns whatever goes wrong inside into a ValueError of one line that starts with `source`."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{source}: the text must be UTF-8, and this is not") from error
-    except Exception as error:
-        raise ValueError(f"{source}: {error if type(error) is ValueError else reason(error)}") from error
+# ---- tokenizers ----------------------------------------------------------------------------------
 
 
-def in_background(function, *args):
-    """Calls function(*args) in a thread that never keeps the process alive; returns a Future."""
-    future = Future()
+class Tokenizer:
+    """A tokenizer of transformers from the texts of its files, {"tokenizer.json": text, ...}.
 
-    def work():
+    bos_token: what the tokenizer itself puts before a text, or None. end_tokens: the first ends a
+    document in training, each of them a generated text. vocab_size: the rows that a model needs.
+    """
+
+    def __init__(self, files):
+        names = ("tokenizer_config.json", "config.json", "generation_config.json")
         try:
-            future.set_result(function(*args))
-        except Exception as error:
-            future.set_exception(error)
+            self.backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
+            given, model, generation = (json.loads(files.get(name, "{}")) for name in names)
+        except Exception as error:  # `tokenizers` raises nothing more special
+            raise ValueError(f"tokenizer.json is missing or damaged: {error!r}") from error
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        bos, eos = (self.token_id(given.get(name)) for name in ("bos_token", "eos_token"))
+        if eos is None:
+            raise ValueError("tokenizer_config.json names no eos_token, which ends a document")
+        adds_bos = given.get("add_bos_token") or self.backend.encode("").ids[:1] == [bos]
+        self.bos_token = bos if adds_bos else None
+        ends = [eos]
+        for tokens in (model.get("eos_token_id"), generation.get("eos_token_id")):
+            ends += tokens if isinstance(tokens, list) else [tokens]
+        self.end_tokens = [token for token in dict.fromkeys(ends) if token is not None]
+        generation |= {"bos_token_id": bos, "eos_token_id": self.end_tokens}
+        self.files = {**files, "generation_config.json": json.dumps(generation, indent=2) + "\n"}
+        self.files.pop("config.json", None)
+        # Special tokens in a text are ordinary text, so the model needs no rows for most of them.
+        self.backend.encode_special_tokens = True
+        added = self.backend.get_added_tokens_decoder().items()
+        special = {token for token, kind in added if kind.special}
+        ordinary = set(self.backend.get_vocab().values()) - special
+        self.vocab_size = 1 + max(*ordinary, *self.end_tokens, self.bos_token or 0)
 
-    threading.Thread(target=work, daemon=True).start()
-    return future
+    def token_id(self, token):
+        return self.backend.token_to_id(
+            token["content"] if isinstance(token, dict) else token or ""
+        )
 
+    def encode(self, text):
+        # A prompt may hold half a surrogate pair, which stands for a broken byte.
+        return self.encode_batch([text.encode("utf-8", "replace").decode()])[0]
 
-# Tokenizers -----------------------------------------------------------------------------------------------
+    def encode_batch(self, texts):
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
-class Encoding(tiktoken.Encoding):
-    """A tiktoken.Encoding that transformers can read too."""
-    prefix = []  # what a document starts with
-    bos_token_id = eos_token_id = tiktoken.Encoding.eot_token
-
-    def save_pretrained(self, folder):
-        """Writes the files from which transformers makes a tokenizer that gives the same tokens."""
-        with blame("the tokenizer cannot be written"):
-            from transformers.convert_slow_tokenizer import TikTokenConverter
-        converter = TikTokenConverter(pattern=self._pat_str, extra_special_tokens=self._special_tokens)
-        converter.load_tiktoken_bpe = lambda _: self._mergeable_ranks  # at hand, so no file is needed
-        converter.converted().save(str(Path(folder, "tokenizer.json")))
-        Path(folder, "tokenizer_config.json").write_text(json.dumps({
-            "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-            "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}, indent=2) + "\n")
-
-
-class FolderTokenizer:
-    """The tokenizer of a folder that transformers reads, with the methods of tiktoken.Encoding used here.
-
-    A document ends with the folder's eos_token, and starts with its bos_token if the tokenizer itself puts
-    that there, as Gemma's does. Raises ValueError if a file is missing or the tokenizer of another kind.
-    """
-    FILES = ("tokenizer*", "*_tokens*.json", "chat_template*")
-
-    def __init__(self, name):
-        from huggingface_hub import snapshot_download
-        from tokenizers import Tokenizer
-        local = os.path.isdir(name)
-        self.name = os.path.realpath(name) if local else name
-        with blame(f"tokenizer.json and tokenizer_config.json of {name}"):
-            self.folder = Path(self.name if local else snapshot_download(name, allow_patterns=self.FILES))
-            self.tokenizer = Tokenizer.from_str((self.folder / "tokenizer.json").read_text("utf-8"))
-            self.decode = self.tokenizer.decode
-            given = json.loads((self.folder / "tokenizer_config.json").read_text("utf-8"))
-            self.bos_token_id, self.eos_token_id = (
-                self.tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token or "")
-                for token in map(given.get, ("bos_token", "eos_token")))
-            self.eot_token = self.eos_token_id
-            if self.eot_token is None:
-                raise ValueError("there is no eos_token")
-            first = self.tokenizer.encode("").ids[:1]
-            self.prefix = first if first == [self.bos_token_id] else []
-            self.tokenizer.no_truncation()
-            self.tokenizer.no_padding()
-            self.tokenizer.encode_special_tokens = True  # as ordinary text
-            if "".join(self.decode([token]) for token in self.encode_ordinary(" A b\n")) != " A b\n":
-                raise ValueError("the texts of a text's tokens must be that text")
-        # Text gives no special token; the model has no row for those that Gemma keeps for images.
-        added = self.tokenizer.get_added_tokens_decoder().items()
-        tokens = {*self.tokenizer.get_vocab().values()} - {token for token, kind in added if kind.special}
-        self.n_vocab = 1 + max(tokens | {self.eot_token, *self.prefix})
-
-    def encode_ordinary(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def encode_to_numpy(self, text, disallowed_special=()):
-        return np.array(self.encode_ordinary(text), np.uint32)
-
-    def save_pretrained(self, folder):
-        for path in itertools.chain.from_iterable(map(self.folder.glob, self.FILES)):
-            shutil.copy(path, folder)
+    def decode(self, ids):
+        return self.backend.decode(ids)
 
 
-def load_tokenizer(name, timeout=60):
-    """The tokenizer `name`: "gpt2" or "bytes" as an Encoding, that of a folder as a FolderTokenizer.
+def byte_level(model, trainer=None, texts=()):
+    """The Tokenizer that splits text into words as GPT-2 does, and those into the model's tokens."""
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    if trainer:
+        backend.train_from_iterator(texts, trainer)
+    backend.add_special_tokens([END_OF_TEXT])
+    config = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    text = json.dumps(config, indent=2) + "\n"
+    return Tokenizer({"tokenizer.json": backend.to_str(), "tokenizer_config.json": text})
 
-    "gpt2" has 50,257 tokens, which tiktoken downloads once; "bytes" has the 256 bytes and end-of-text = 256;
-    a folder is one that transformers reads, or by its name, with a slash, one on the hub. Raises ValueError
-    for another name, OSError if GPT-2's vocabulary cannot be had within `timeout` seconds.
-    """
-    if name == "bytes":
-        # Nothing merges, so any pattern is exact; this one keeps tiktoken from handling each character alone.
-        return Encoding("bytes", pat_str=r"[\s\S]{1,256}", explicit_n_vocab=257,
-                        mergeable_ranks={bytes([i]): i for i in range(256)},
-                        special_tokens={END_OF_TEXT: 256})
-    if name != "gpt2":
-        if os.path.isdir(name) or name.count("/") == 1:
-            return FolderTokenizer(name)
-        raise ValueError(f"no tokenizer {name!r} here; --tokenizer: gpt2, bytes, folder of tokenizer.json")
+
+def learn_tokenizer(texts, size):
+    """A vocabulary of `size` words, or as many as there are, learned from an iterator of texts."""
+    options = {
+        "special_tokens": [END_OF_TEXT],
+        "initial_alphabet": tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    }
+    if size < 257:
+        raise ValueError(f"a vocabulary of {size} is too small: 257 are the bytes and the end")
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, show_progress=False, **options)
+    return byte_level(tokenizers.models.BPE(), trainer, texts)
+
+
+def load_gpt2():
+    """GPT-2's vocabulary, which tiktoken downloads once."""
+    import tiktoken
+
+    urls = (GPT2 + "encoder.json", GPT2 + "vocab.bpe")
     try:
-        known = in_background(tiktoken.get_encoding, name).result(timeout)
-        return Encoding(name, pat_str=known._pat_str, mergeable_ranks=known._mergeable_ranks,
-                        special_tokens=known._special_tokens)
-    except Exception as error:
-        why = str(error) or f"no answer in {timeout} s"  # a timeout has no text of its own
-        raise OSError(f"cannot load the GPT-2 vocabulary ({textwrap.shorten(why, 80)}); connect to the "
-                      "internet once, or set TIKTOKEN_CACHE_DIR to a folder that has it") from error
+        tiktoken.get_encoding("gpt2")  # checks both files
+        words, merges = (tiktoken.load.read_file_cached(url).decode() for url in urls)
+    except (OSError, ValueError) as error:
+        names = " and ".join(hashlib.sha1(url.encode()).hexdigest() for url in urls)
+        raise ValueError(
+            f"cannot load GPT-2's vocabulary ({one_line(error)}): set TIKTOKEN_CACHE_DIR to a folder "
+            f"with {names} of another machine's cache, or use --tokenizer 8192"
+        ) from error
+    pairs = [tuple(line.split()) for line in merges.splitlines()[1:]]
+    return byte_level(tokenizers.models.BPE(json.loads(words), pairs))
 
 
-# Reading: every source yields pieces of text, and None after each story -----------------------------------
+def load_tokenizer(name):
+    """The Tokenizer "gpt2", or that of a folder of transformers or of a model on the hub."""
+    if name == "gpt2":
+        return load_gpt2()
+    wanted = re.compile(r"(.*token.*|(generation_)?config|chat_template.*)\.(json|jinja)")
+    paths = [path for path in model_folder(name).iterdir() if wanted.fullmatch(path.name)]
+    try:
+        return Tokenizer({path.name: path.read_text("utf-8") for path in paths})
+    except (ValueError, OSError) as error:
+        raise ValueError(f"the tokenizer of {name}: {one_line(error)}") from error
 
-# GPT-2's pattern starts a new word wherever white space follows something visible, so the tokens of the two
-# sides are the tokens of the whole. Space and newline only: Python and Rust disagree about rarer white space.
-LAST_BOUNDARY = re.compile(r".*\S(?=[ \n])", re.DOTALL)
+
+# ---- models of transformers ----------------------------------------------------------------------
+
+FIELDS = {  # config.json's names of GemmaConfig's fields
+    "vocab_size": "vocab_size", "max_position_embeddings": "context_length",
+    "hidden_size": "emb_dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_groups", "head_dim": "head_dim", "intermediate_size": "hidden_dim",
+    "sliding_window": "sliding_window", "sliding_window_pattern": "full_attention_every",
+    "rope_local_base_freq": "rope_local_base", "rope_theta": "rope_base",
+    "query_pre_attn_scalar": "query_pre_attn_scalar", "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+}  # fmt: skip
+IMPLEMENTED = {  # other entries, with the only value that is implemented
+    "model_type": "gemma3_text", "attention_bias": False, "hidden_activation": "gelu_pytorch_tanh",
+    "attn_logit_softcapping": None, "final_logit_softcapping": None, "quantization_config": None,
+    "use_bidirectional_attention": False, "rope_type": "default", "type": "default",
+}  # fmt: skip
 
 
-def cut(text, keep=0):
-    """Yields `text` in pieces of about PIECE characters; after a cut, more than `keep` are in the last."""
+def model_folder(name, kinds="json|jinja"):
+    """The folder `name`, or that in the hub's cache with the model's files of those kinds."""
+    if os.path.isdir(name):
+        return Path(name)
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) or os.path.isdir(os.path.dirname(name)):
+        raise ValueError(f"there is no folder {name}")
+    files = hub_files(name, "model", rf"[^/]+\.({kinds})")
+    return [Path(download()) for download in files.values()][0].parent
+
+
+def read_config(given):
+    """What config.json of a Gemma 3 holds -> GemmaConfig; ValueError for what is not implemented."""
+    from gemma270m import GemmaConfig
+
+    ropes = given.get("rope_parameters") or {}
+    full = ropes.get("full_attention", ropes)
+    local = ropes.get("sliding_attention", {})
+    for entries in (given, full, local, given.get("rope_scaling") or {}):
+        for name, value in IMPLEMENTED.items():
+            if entries.get(name) not in (value, None):
+                raise ValueError(f"{name} {entries[name]} is not implemented")
+    types = given.get("layer_types")
+    given = {
+        "tie_word_embeddings": True,
+        "rope_theta": full.get("rope_theta", 1e6),
+        "rope_local_base_freq": local.get("rope_theta", 1e4),
+        "sliding_window_pattern": given.get("_sliding_window_pattern", 6),
+        **given,
+    }
+    if types:
+        every = [*types, "full_attention"].index("full_attention") + 1
+        given["sliding_window_pattern"] = every
+    missing = FIELDS.keys() - given.keys()
+    if missing:
+        raise ValueError(f"config.json has no {min(missing)}")
+    config = GemmaConfig(**{ours: given[theirs] for theirs, ours in FIELDS.items()})
+    if types not in (None, config.layer_types):
+        raise ValueError(f"layer_types {types} is not implemented")
+    return config
+
+
+def read_weights(folder):
+    """The weights in a folder under our names, in their own dtype. Raises ValueError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    names = ["model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.exists() and not (folder / names[0]).exists():
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    weights = {}
+    for name in names:
+        if not (folder / name).exists():
+            raise ValueError(f"there is no {name}; pytorch_model.bin is not read")
+        try:
+            weights |= load_file(folder / name)
+        except SafetensorError as error:
+            text = f"{name} is damaged, not whole, or a pointer of git-lfs, to be pulled ({error})"
+            raise ValueError(text) from error
+    return {name.removeprefix("model."): weight for name, weight in weights.items()}
+
+
+def read_model(name):
+    """A folder of transformers, or a model on the hub -> (GemmaConfig, weights, Tokenizer)."""
+    import torch
+
+    from gemma270m import Gemma
+
+    folder = model_folder(name, "json|jinja|safetensors")
+    tokenizer = load_tokenizer(str(folder))
+    try:
+        config = read_config(json.loads((folder / "config.json").read_text("utf-8")))
+        weights = read_weights(folder)
+        for key, weight in weights.items():
+            if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+                raise ValueError(f"{key} is {weight.dtype}, which is not implemented")
+            if not weight.isfinite().all():
+                raise ValueError(f"{key} is not finite")
+        if config.tie_embeddings and "lm_head.weight" in weights:
+            head = weights.pop("lm_head.weight")
+            if not torch.equal(head, weights["embed_tokens.weight"]):
+                raise ValueError("lm_head.weight is not the embedding, to which it is tied")
+        with torch.device("meta"):
+            Gemma(config).load_state_dict(weights, assign=True)
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(f"{tokenizer.vocab_size} words exceed vocab_size {config.vocab_size}")
+    except (ValueError, OSError, RuntimeError) as error:
+        raise ValueError(f"{name} cannot be loaded: {one_line(error)}") from error
+    return config, weights, tokenizer
+
+
+# ---- the hub -------------------------------------------------------------------------------------
+
+
+def ask_hub(function, repo, **options):
+    """function(repo, ...) of the hub's client, tried again after a passing fault.
+
+    Raises ConnectionError if there positively is no network, and else ValueError with the cure.
+    """
+    for wait in WAITS:
+        try:
+            return function(repo, **options)
+        except (OSError, ValueError, HTTPError) as error:
+            causes = [error]
+        while causes[-1].__cause__ or causes[-1].__context__:
+            causes.append(causes[-1].__cause__ or causes[-1].__context__)
+        status = 504 if any(isinstance(cause, HTTPError) for cause in causes) else 0
+        reason = f"{repo}: {one_line(causes[0])}"
+        for cause in causes:
+            unreachable = getattr(cause, "errno", None) in (errno.ENETUNREACH, errno.EHOSTUNREACH)
+            if unreachable or isinstance(cause, (socket.gaierror, ConnectionRefusedError)):
+                raise ConnectionError(f"no network to ask for {repo} ({one_line(cause)})")
+            if getattr(cause, "response", None) is not None:
+                status = cause.response.status_code
+                reason = f"{repo}: {one_line(cause)}"
+        if status in (401, 403) and "token" not in options and get_token():
+            # What everybody may read is refused to those who come with an expired token.
+            print(f"{reason}: trying without the token", flush=True)
+            options["token"] = False
+        elif wait and (status in (408, 429) or status >= 500):
+            print(f"{reason}: trying again in {wait} s", flush=True)
+            time.sleep(wait)
+        else:
+            break
+    cure = "wait some minutes and run this again"
+    if status in (401, 403, 404):
+        page = f"{constants.ENDPOINT}/{repo}"
+        cure = f"check the name, or accept the terms at {page} and run hf auth login"
+    if isinstance(causes[-1], json.JSONDecodeError):
+        cure = "it is not the hub that answers; is there a login page of this network?"
+    raise ValueError(f"{reason}: {cure}") from causes[0]
+
+
+def hub_files(repo, kind, pattern):
+    """Files of a repository, or of its cache where the hub gives no list: {name: function}.
+
+    The function downloads the file if need be and returns its path.
+    """
+    try:
+        info = ask_hub(HfApi().repo_info, repo, repo_type=kind, timeout=10)
+        get = partial(ask_hub, hf_hub_download, repo, repo_type=kind)
+        files = {file.rfilename: partial(get, filename=file.rfilename) for file in info.siblings}
+    except (ValueError, ConnectionError) as error:
+        cache = Path(constants.HF_HUB_CACHE, f"{kind}s--{repo.replace('/', '--')}", "snapshots")
+        newest = max(cache.glob("*"), key=os.path.getmtime, default=cache)
+        paths = [path for path in newest.rglob("*") if path.is_file()]
+        if not paths:
+            raise
+        print(f"{error}; taking what is in the cache", flush=True)
+        files = {path.relative_to(newest).as_posix(): partial(str, path) for path in paths}
+    found = {name: files[name] for name in sorted(files) if re.fullmatch(pattern, name)}
+    if not found:
+        raise ValueError(f"{repo} holds nothing called {pattern}")
+    return found
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+# A new word begins where white space follows something else, so parts that are cut there have the
+# tokens of the whole. Only space and newline are white space to everybody.
+BOUNDARY = re.compile(r".*\S(?=[ \n])", re.DOTALL)
+
+
+def cut(text):
+    """`text` in parts of about PART characters; after a cut the last one is longer than a marker."""
+    parts = []
     start = 0
-    while len(text) - start > PIECE + keep:
-        boundary = LAST_BOUNDARY.match(text, start, start + PIECE)
-        end = boundary.end() if boundary else start + PIECE
-        yield text[start:end]
+    while len(text) - start > PART + len(END_OF_TEXT):
+        boundary = BOUNDARY.match(text, start, start + PART)
+        end = boundary.end() if boundary else start + PART
+        parts.append(text[start:end])
         start = end
-    yield text[start:]
-
-
-def story(text):
-    """The pieces of one whole story, or nothing if it is white space only."""
-    if text and not text.isspace():
-        yield from cut(text)
-        yield None
+    return [*parts, text[start:]]
 
 
 def read_txt(file):
-    """Documents between end-of-text markers, byte for byte; those of white space only are skipped."""
-    text, begun = "", False  # the unfinished document, and whether pieces of it are out already
-
-    def finish(text):
-        return itertools.chain(cut(text), [None]) if begun else story(text)
-
-    file = io.TextIOWrapper(file, encoding="utf-8", newline="")
-    while chunk := file.read(PIECE):
-        *documents, text = (text + chunk).split(END_OF_TEXT)
+    """Documents between end-of-text markers."""
+    text = ""
+    file = io.TextIOWrapper(file, "utf-8-sig", newline="")
+    while chunk := file.read(2**18):
+        *documents, text = (text + chunk).replace("\r\n", "\n").split(END_OF_TEXT)
         for document in documents:
-            yield from finish(document)
-            begun = False
-        *pieces, text = cut(text, keep=len(END_OF_TEXT))  # the last characters may be half a marker
-        yield from pieces
-        begun = begun or bool(pieces)
-    yield from finish(text)
+            yield document, True
+        *parts, text = cut(text)  # the last one may end with half a marker
+        yield "".join(parts), False
+    yield text, True
 
 
-def read_jsonl(file):
-    """Objects with a string `text`, one a line."""
-    def text_of(line):
-        if len(line) > MAX_LINE:
-            raise ValueError(f"longer than {MAX_LINE:,} bytes")
-        row = json.loads(line)
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise ValueError("no field `text` that holds a string")
-        row["text"].encode()  # fails on half a surrogate pair, which is no text and could not be given back
-        return row["text"]
-
-    for number in itertools.count(1):
-        line = file.readline(MAX_LINE + 1)
-        if not line:
-            return
-        if not line.isspace():
-            with blame(f"line {number}"):
-                text = text_of(line)
-            yield from story(text)
-            del text  # two long ones at a time would be too many
+def read_rows(path, file):
+    """What stands in `text` of each row of .parquet, or of each line of JSON."""
+    if path.endswith(".parquet"):
+        for batch in ParquetFile(path, buffer_size=2**20).iter_batches(64, columns=["text"]):
+            yield from batch.column("text").to_pylist()
+    else:
+        for line in file:
+            row = json.loads(line)
+            yield row.get("text") if isinstance(row, dict) else None
 
 
-def read_parquet(file):
-    """Rows with a string in column `text`."""
-    from pyarrow.parquet import ParquetFile
-    table = ParquetFile(file, buffer_size=2**20)  # without a buffer each column is read whole
-    if "text" not in table.schema_arrow.names:
-        raise ValueError("no column `text`")
-    number = 0
-    for group in range(table.num_row_groups):
-        size = table.metadata.row_group(group)
-        rows = min(1000, max(1, size.num_rows * 2**22 // max(1, size.total_byte_size)))  # about 4 MB
-        for batch in table.iter_batches(rows, row_groups=[group], columns=["text"]):
-            for value in batch.column(0):
-                number += 1
-                text = value.as_py()
-                if not isinstance(text, str):
-                    raise ValueError(f"row {number}: no string in column `text`")
-                yield from story(text)
+def read_files(skipped, patterns):
+    """The documents of all files; counts rows without text in `skipped`, or refuses if it is None."""
+    for path in chain.from_iterable(sorted(glob.glob(p, recursive=True)) or [p] for p in patterns):
+        opener = {".gz": gzip.open, ".xz": lzma.open}.get(Path(path).suffix, open)
+        try:
+            with opener(path, "rb") as file:
+                if not re.search(r"\.(parquet|json)", path):
+                    yield from read_txt(file)
+                    continue
+                for number, text in enumerate(read_rows(path, file), 1):
+                    if isinstance(text, str) and text == text.encode("utf-8", "replace").decode():
+                        yield text.removeprefix("\ufeff").replace("\r\n", "\n"), True
+                    elif skipped is None:
+                        raise ValueError(f"row {number}: no text in `text`; see --skip_bad")
+                    else:
+                        skipped[path] += 1
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8, perhaps UTF-16: save it as UTF-8") from error
+        except (ValueError, OSError, EOFError, zlib.error, lzma.LZMAError, ArrowException) as error:
+            raise ValueError(f"{path}: {one_line(error)}") from error
 
 
-READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet}
-OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+def read_shards(files):
+    """The documents of TinyStories' shards, each downloaded when its turn comes."""
+    for download in files.values():
+        yield from read_files(None, [download()])
+    if f"-of-{len(files):05}" not in min(files):  # the first ones are enough for as many stories
+        raise ValueError(f"only {len(files)} shards of {TINYSTORIES} are in the cache: go online")
 
 
-def find_files(patterns):
-    """The (path, opener, reader) of each file that the names and globs stand for, in order."""
-    files = []
-    for pattern in patterns:
-        paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-        if not paths:
-            raise ValueError(f"no such file: {pattern!r}")
-        for path in paths:
-            stem, suffix = os.path.splitext(path.lower())
-            reader = READERS.get(os.path.splitext(stem)[1] if suffix in OPENERS else suffix)
-            if not reader:
-                raise ValueError(f"{path}: not a .txt, .jsonl (both also .gz or .xz) or .parquet file")
-            files.append((path, OPENERS.get(suffix, open), reader))
-    return files
-
-
-def read_files(files):
-    """The stories of all `files`, as find_files gives them; ValueError names the file that cannot be read."""
-    for path, opener, reader in files:
-        with blame(path), opener(path, "rb") as file:
-            yield from reader(file)
-
-
-def probe_hub():
-    """Raises whatever keeps the Hugging Face hub from answering."""
-    from huggingface_hub import HfApi
-    HfApi().dataset_info(DATASET, timeout=DEADLINE)  # one attempt; `datasets` itself tries for a minute
-
-
-def read_tinystories(split):
-    """The stories of one split, "train" or "validation", streamed from the hub."""
-    with blame(DATASET):
-        from datasets import load_dataset
-        for row in load_dataset(DATASET, split=split, streaming=True):
-            yield from story(row["text"])
-
-
-# The built-in stories -------------------------------------------------------------------------------------
-
-BUILT_IN_TRAIN, BUILT_IN_VAL = 24_000, 500
-
-# In a plot, [this|that] is a choice, {name} and the like are filled in, and {0}, {1}, ... are from one case.
-PHRASES = {
-    "once": "[Once upon a time, there was|Once upon a time, there was|Long ago, there was|There once was] a "
-            "[little|little|small|kind|happy|young] {kind} named {name}.",
-    "morning": "[One sunny morning|One morning|One warm day|One day]",
-}
-GIRL, BOY = "she her her", "he him his"
-CHILDREN = ([(name, "girl", GIRL) for name in "Lily Mia Anna Sara Emma Lucy Amy Rose Zoe Ella".split()]
-            + [(name, "boy", BOY) for name in "Tim Ben Max Tom Sam Jack Leo Dan Nick Joe".split()])
-ANIMALS = [(name, kind, pronouns) for kind in "mouse rabbit bear fox cat dog squirrel duck pig goat".split()
-           for names, pronouns in (("Ruby Bella Coco Daisy Penny", GIRL), ("Pip Gus Toby Milo Teddy", BOY))
-           for name in names.split()]
-PARENTS = [("mom", "she", "her"), ("dad", "he", "him"), ("grandma", "she", "her"), ("grandpa", "he", "him")]
-
-# (who can be in it, its cases, the story)
-PLOTS = [
-    ([CHILDREN], """
-kite; in the top of a tall tree; threw a shoe at it; got a ladder and climbed up to it
-ball; on the roof of the shed; poked it with a stick; got it down with a long rake
-toy plane; on a high branch; threw a small stick at it; shook the branch with a long rake
-balloon; under the roof of the barn; jumped from a box; pulled it down with a long rake""", """
-{once} {He} had a [red|blue|green|yellow] {0} and played with it every day. {morning}, the {0} got stuck {1}.
-["Oh no!" cried {name}.|{name} felt very sad.|] {He} jumped as high as {he} could, but {he} was too small.
-Then {he} {2}, but the {0} did not move.
-
-{name} ran to {his} {parent}. "My {0} is stuck," {he} said. "[Can you help me|Will you help me, please]?"
-[{His} {parent} smiled.|] {Phe} {3}. [Soon|At last] the {0} was free!
-
-{name} [laughed and jumped for joy|gave {his} {parent} a big hug] and said, "Thank you!" [Now {he} knew
-that it is good to ask for help.|{He} was so happy.|]"""),
-    ([CHILDREN, ANIMALS], """
-red ball; in the garden; under the bed; behind a big flower pot
-blue scarf; at the park; behind the door; on a bench
-toy boat; by the pond; in the big box; in the tall grass near the water
-warm hat; on the hill; under the table; on top of a little bush
-silver bell; in the woods; behind the clock; next to a big old tree""", """
-{once} {His} favorite thing was a {0}. [{He} took it everywhere.|] One [night|evening], {name} could not find
-it. {He} looked {2}, but it was not there. {He} looked [again and again|in every room], and then {he} began to
-cry.
-
-{His} {pal} came to help. "[Do not cry|Do not be sad]," said {friend}. "Where did you play today?" [{name}
-thought hard.|] "I played {1}," said {name}. They [went|ran] back, and there was the {0}, {3}!
-
-"Thank you, {friend}," said {name}. ["You are a good friend."|"You are a great friend."|] That night,
-{he} put the {0} [in a safe place|next to {his} bed] and slept well. [From then on, {he} always put {his}
-things away.|]"""),
-    ([CHILDREN, ANIMALS], """
-swing; at the park; swing
-red wagon; in the yard; ride in it
-big drum; in the barn; play it
-little boat; on the pond; sail in it
-blue ball; on the grass; kick it""", """
-{once} {morning}, {name} found a {0} {1}. "[It is mine|I saw it first]!" said {name}. {His} {pal} wanted to
-{2}, too. "No, it is my turn," said {friend}. They both pulled and shouted. [Soon nobody was having fun.|Soon
-both of them were mad.|]
-
-Then {name} stopped. {He} saw [a tear on {friend}'s face|that {friend} was sad], and {he} felt bad. "We can
-take turns," {he} said. "You go first, and I will [count to ten|wait]." [{friend} smiled. "That is a good
-idea," {fhe} said.|]
-
-First {friend} had a turn, and then {name} had a turn. They laughed and played [all day|until the sun
-went down]. {name} learned that [sharing makes every game more fun|it is more fun to play together]."""),
-    ([CHILDREN], """
-Tap, tap, tap; at the window; a little bird that was cold and wet; made it a warm bed in a box
-Scratch, scratch; at the door; a lost kitten; gave it a bowl of warm milk
-Squeak, squeak; under the bed; a tiny mouse that was hungry; gave it a piece of cheese
-Bump, bump; behind the door; a puppy that was all alone; let it sleep next to {his} bed""", """
-{once} {He} was [afraid of|scared of] the dark. One [windy|rainy|cold] night, {he} heard a sound {1}. "{0}!"
-{name} pulled the blanket over {his} head. ["It must be a monster," {he} thought.|"Is it a monster?" {he}
-thought.] [{He} could not sleep.|]
-
-{name} called {his} {parent}. "[Let us be brave and look|We will look together]," said {his} {parent}, and
-{phe} turned on the light. [Hand in hand, they went to see.|] It was not a monster at all. It was {2}!
-
-"You poor thing," said {name}. {He} {3}. [Soon it was fast asleep.|It looked up with happy eyes.|] After
-that night, {name} [was not afraid of the dark anymore|knew that the dark is not so bad]."""),
-    ([CHILDREN, ANIMALS], """
-duckling; on the path; by the old bridge; the pond; mother duck
-lamb; next to the road; behind the barn; the green field; mother sheep
-chick; under a bush; in the garden; the farm; mother hen
-baby bird; in the grass; near the river; the big tree; mother bird""", """
-{once} {morning}, {he} was walking [in the sun|down the road|and singing a song] when {he} heard a soft cry. A
-tiny {0} sat all alone {1}. "I can not find my mom," it said. ["I went after a [butterfly|leaf|bee], and now I
-am lost."|]
-
-"[Do not worry|Do not cry]," said {name}. "I will help you." First they looked {2}, but no one was there. "Let
-us be very quiet and listen," said {name}. [Far away|After a while], they heard a voice. "That is my mom!"
-cried the {0}.
-
-They ran to {3}, and there was the {4}. She [kissed|hugged] her baby. "Thank you, {name}," she said.
-["You are so kind."|"You are very smart."|] {name} went home with [a warm heart|a big smile]."""),
-    ([CHILDREN, ANIMALS], """
-a cake; eggs
-a sweet pie; apples
-a loaf of bread; nuts
-a big cake; berries""", """
-{once} It was the birthday of {his} {parent}, and {name} wanted to bake {0}. But there were no {1} in the
-house! [{name} did not know what to do.|{name} sat down and felt sad.|]
-
-{He} went next door to {his} {pal}. "Do you have some {1}?" {he} asked. "[Yes, I do|Yes, take them all]," said
-{friend}, "and I will help you, too." They mixed everything and put it in the oven. Then they played and
-forgot to look. [Oh no|Oh dear]! It was all black.
-
-"We can try again," said {friend}. This time they [watched it well|did not go away], and it was just
-right. {His} {parent} took a bite. "[This is the best birthday ever|It is so good]," {phe} said. [{name}
-gave {friend} the biggest piece.|{name} and {friend} were very proud.]"""),
-    ([CHILDREN], """
-ride a bike; fell on the grass; Look ahead and keep your feet moving; rode all the way down the path
-swim; got water in {his} nose; Kick your legs and do not hurry; swam all the way across the pool
-skate; fell on the ice; Bend your legs and take small steps; went all the way around the pond
-climb a rope; came down with a bump; Hold on with your feet, too; went all the way to the top""", """
-{once} {He} wanted to {0} like {his} {pal}. "[It looks so easy|I want to do that, too]," said {name}. But when
-{he} tried, {he} {1}. [{He} tried again, and {he} {1} again.|] "I will never learn!" {he} cried, and {he}
-wanted to [give up|go home].
-
-{His} {parent} sat down next to {him}. ["No one can do it the first time," {phe} said.|"It is hard for
-everyone at first," {phe} said.] "{2}. I will stay close to you." {name} [wiped {his} eyes|took a deep breath]
-and tried one more time. [Little by little, it went better.|]
-
-Then, all at once, {he} {3}! "[Look at me|I did it]!" {he} shouted. [{friend} clapped and clapped.|]
-{name} was [very proud|so happy]. [Now {he} knew that if you keep trying, you can do hard things.|]"""),
-    ([CHILDREN], """
-the blue vase; under the rug
-the big plate; behind the sofa
-the old clock; in a box
-the pretty lamp; under the bed""", """
-{once} {morning}, {name} was [running|jumping|playing with a ball] in the house, but {his} {parent} had said
-not to. Crash! {He} bumped into the table, and {0} fell and broke. [{name} was scared.|] {He} hid the pieces
-{1} and said nothing.
-
-At dinner, {name} could not eat. "[What is wrong|Why are you so quiet]?" asked {his} {parent}. [{name} felt
-bad and began to cry.|{name} did not want to tell a lie.] At last {he} said, "I broke {0}. I am sorry."
-
-{His} {parent} gave {him} a hug. "I am glad that you told the truth," {phe} said. Together they got some
-glue and fixed {0}. It did not look new, but {name} felt [happy|good] again. [It is always best to tell
-the truth.|{He} never hid a thing like that again.|]"""),
-    ([CHILDREN, ANIMALS], """
-a big yellow flower; taller than the fence
-an orange pumpkin; as big as a chair
-a tall bean plant; all the way up to the roof
-a berry bush; full of sweet red berries""", """
-{once} One spring day, {his} {parent} gave {him} a tiny seed. ["What will it be?" asked {name}. "Wait and
-see," said {his} {parent}.|] {name} put the seed in the ground and gave it water. Every morning {he} ran out
-to look, but {he} saw nothing. "[My seed is no good|My seed is asleep]," {he} said. [{He} wanted to dig it
-up.|]
-
-"Please wait," said {his} {parent}. "[Good things take time|A seed needs sun and rain and time]." So {name}
-waited and [sang to the seed|told it stories]. Then one day a little green leaf came out of the ground!
-
-Day by day it grew and grew. By summer it was {0}, {1}! {name} [danced with joy|jumped up and down].
-"[You were right|I am glad that I waited]," {he} said to {his} {parent}."""),
-    ([CHILDREN], """
-make castles in the sand; at the beach; made the biggest castle of all
-play with a ball; at the park; played ball
-draw with chalk; in front of the school; drew a long, long train
-fly kites; on the hill; flew the kite""", """
-{once} {He} loved to {0} {1}. {morning}, {name} saw a new {fkind} there. The {fkind} sat all alone and looked
-at the ground. "Hello, I am {name}," said {name}. "Do you want to play?" [But the {fkind} did not say a
-word.|The {fkind} looked away.]
-
-[{name} did not give up.|{name} was a little sad, but {he} did not give up.] {He} took {his}
-[apple|sandwich|cookie] and broke it in two. "Here, this half is for you," {he} said. The {fkind} gave {him} a
-tiny smile. "My name is {friend}," {fhe} said. "I am new here, and I was [shy|scared]."
-
-Then they {2} together until it was time to go home. ["Can we play again?" asked {friend}. "Yes," said
-{name}.|] That night they were both happy, for each of them had a new friend."""),
-    ([ANIMALS], """
-nuts; a pot of warm soup
-berries; some bread and honey
-apples; a big sweet pie
-seeds; some sweet corn""", """
-{once} {name} had a big pile of {0}. {His} {pal} came to the door. "I am so hungry," said {friend}. "May I
-have some {0}?" "No," said {name}. "They are all mine." {friend} walked away with {fhis} head down.
-
-That night there was a big storm. Water ran into the house and took all the {0} away. [Cold and wet and
-hungry, {name}|Now {name} was hungry, too. {He}|{name}] went to {friend}'s house and knocked. "I found {1},"
-said {friend}. "Come in, and we will share it."
-
-"I was not kind to you," said {name}. "I am sorry." ["That is all right," said {friend}.|"I am not mad,"
-said {friend}.] They ate by the warm fire. From that day on, {name} shared [all {he} had|with everyone]."""),
-    ([ANIMALS], """
-an old turtle; turtle; Climb on my back; swam slowly to the other side
-a strong beaver; beaver; I will help you; pushed a long log over the water
-a white swan; swan; Sit on my wings; took {him} to the other side
-a big cow; cow; Sit on my back; walked right through the water""", """
-{once} {morning}, {his} {pal} was sick in bed. {name} packed [a pot of soup|a basket of berries|a jar of
-honey] and set off. But when {he} came to the river, the bridge was gone! [{name} wanted to jump, but the
-river was too wide.|] {He} put a piece of wood on the water, but it [was too small|went under].
-
-Just then, {0} came by. "Why are you sad?" asked the {1}. "I can not get to my friend," said {name}. "{2},"
-said the {1}. Then the {1} {3}. ["Thank you!" said {name}.|"You are so kind!" said {name}.|]
-
-{friend} was very glad to see {him}. They ate together, and soon {friend} felt better. "You came all this
-way for me," said {friend}. "[That is what friends do|You are my friend]," said {name}."""),
-]
-
-
-def write_stories(seed=0):
-    """Yields different stories of 60 to 250 words without end, the same ones for the same seed."""
-    rng, seen = random.Random(seed), set()
+def make_stories(seed=0):
+    """Different stories of 60 to 250 words without end, the same ones for the same seed."""
+    grammar = ConfigParser(interpolation=None)
+    grammar.read_string(GRAMMAR.read_text("utf-8"))
+    rng = random.Random(seed)
+    seen = set()
     while True:
-        casts, cases, text = rng.choice(PLOTS)
-        cast = rng.choice(casts)
-        name, kind, pronouns = rng.choice(cast)
-        friend, fkind, fpronouns = rng.choice([other for other in cast if other[0] != name])
-        parent, phe, phim = rng.choice(PARENTS)
-        (he, him, his), (fhe, fhim, fhis) = pronouns.split(), fpronouns.split()
-        words = dict(PHRASES, name=name, kind=kind, he=he, him=him, his=his, He=he.title(), His=his.title(),
-                     friend=friend, fkind=fkind, fhe=fhe, fhim=fhim, fhis=fhis,
-                     pal=f"friend {friend}" if cast is CHILDREN else f"friend {friend} the {fkind}",
-                     parent=parent, phe=phe, phim=phim, Phe=phe.title())
-        case = rng.choice(cases.strip().split("\n")).split("; ")
+        plot = grammar[rng.choice(grammar.sections()[2:])]
+        cast = grammar["casts"][rng.choice(plot["who"].split())]
+        words = dict(grammar["words"])
+        for prefix, person in zip(("", "f"), rng.sample(cast.split("\n")[1:], 2)):
+            keys = (prefix + key for key in "name kind he him his parent phe full".split())
+            words |= zip(keys, person.split(", "))
+        words |= {key.title(): word.title() for key, word in words.items()}
+        case = rng.choice(plot["cases"].split("\n")[1:]).split("; ")
+        text = plot["text"].strip()
         while "{" in text:  # more than once, because what is filled in may have blanks too
             text = text.format(*case, **words)
         while "[" in text:  # the innermost choices first
-            text = re.sub(r"\[([^][]*)\]", lambda choice: rng.choice(choice[1].split("|")), text)
-        text = "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+            text = re.sub(r"\[([^][]*)\]", lambda match: rng.choice(match[1].split("|")), text)
+        text = "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
         if text not in seen:
             seen.add(text)
-            yield text
+            yield text, True
 
 
-# Writing --------------------------------------------------------------------------------------------------
-
-def encode(encoding, pieces, dtype):
-    """The tokens of `pieces`, which are text or tokens; a marker inside a text is ordinary text."""
-    return np.concatenate([encoding.encode_to_numpy(piece, disallowed_special=()) if isinstance(piece, str)
-                           else np.array(piece, np.uint32) for piece in pieces]).astype(dtype)
+# ---- writing -------------------------------------------------------------------------------------
 
 
-class TokenFile:
-    """Encodes pieces in the threads of `pool` and writes their tokens to `file` in order."""
-
-    def __init__(self, file, encoding, dtype, pool):
-        self.file, self.pool, self.encode = file, pool, lambda pieces: encode(encoding, pieces, dtype)
-        self.start, self.end, self.previous = encoding.prefix, [encoding.eot_token], None
-        self.jobs, self.batch, self.size = deque(), [], 0
-        self.stories = self.tokens = 0
-
-    def add(self, piece):
-        self.stories += piece is None
-        self.batch += [self.end] if piece is None else [piece] if self.previous else [self.start, piece]
-        self.previous = piece
-        self.size += len(piece or "") + 50  # of short pieces, the arrays are what fills the memory
-        if self.size > PIECE:
-            self.flush(waiting=WORKERS)
-
-    def flush(self, waiting=0):
-        """Hands the batch to the pool and writes finished ones until at most `waiting` are left."""
-        if self.batch:
-            self.jobs.append(self.pool.submit(self.encode, self.batch))
-            self.batch, self.size = [], 0
-        while len(self.jobs) > waiting:
-            tokens = self.jobs.popleft().result()
-            self.file.write(tokens)
-            self.tokens += len(tokens)
+def split(documents):
+    """The parts of all documents that are not white space only, as pairs (part, ends)."""
+    begins = True
+    for text, ends in documents:
+        if begins and not text.strip():
+            continue
+        *parts, last = cut(text)
+        for part in parts:
+            yield part, False
+        yield last, ends
+        begins = ends
 
 
-def fill(target, pieces, limit, held_out=None):
-    """Writes up to `limit` stories to `target`, and every HELD_OUT-th, the first included, to `held_out`."""
-    with tqdm(unit=" characters", unit_scale=True, disable=None) as bar:
-        for piece in pieces:
-            hold = held_out and (target.stories + held_out.stories) % HELD_OUT == 0
-            (held_out if hold else target).add(piece)
-            bar.update(len(piece or ""))
-            if target.stories == limit:
-                break
-    for file in filter(None, (target, held_out)):
-        file.flush()
+def encode(documents, tokenizer):
+    """The tokens of all documents, with those at their begin and end, as pairs (ids, ends)."""
+    parts = split(documents)
+    begins = True
+    while batch := list(islice(parts, BATCH)):
+        texts, all_ends = zip(*batch)
+        for ids, ends in zip(tokenizer.encode_batch(texts), all_ends):
+            if begins and tokenizer.bos_token is not None:
+                ids = [tokenizer.bos_token, *ids]
+            yield ids + tokenizer.end_tokens[:ends], ends
+            begins = ends
 
 
-def split_single(train, val):
-    """Moves all but the last HELD_OUT-th part of the only story from `val` to `train`."""
-    val.file.seek(0)
-    shutil.copyfileobj(val.file, train.file)
-    width = train.file.tell() // val.tokens  # bytes a token
-    share = max(min(2, val.tokens - 1), val.tokens // HELD_OUT)  # a single token has none to predict
-    train.tokens, val.tokens = val.tokens - share, share
-    train.stories = 1
-    val.file.seek(0)
-    val.file.truncate()
-    train.file.seek(train.tokens * width)
-    shutil.copyfileobj(train.file, val.file)
-    train.file.truncate(train.tokens * width)
+def write_tokens(folder, dtype, tokenizer, texts, limits):
+    """Writes {split: documents} to train.bin and val.bin -> counts of documents and tokens.
+
+    Without "val" it gets one document of HELD_OUT; of fewer documents the last HELD_OUT-th part.
+    """
+    counts = Counter(train_tokens=0, val_tokens=0, train_documents=0, val_documents=0)
+    paths = {name: folder / f"{name}.bin" for name in ("train", "val")}
+    with open(paths["train"], "wb") as train, open(paths["val"], "wb") as val:
+        files = {"train": train, "val": val}
+        for name, documents in texts.items():
+            encoded = encode(documents, tokenizer)
+            with tqdm(total=limits[name], unit=" documents", disable=None) as bar:
+                for ids, ends in encoded:
+                    number = counts["train_documents"] + counts["val_documents"] + 1
+                    place = "val" if "val" not in texts and number % HELD_OUT == 0 else name
+                    files[place].write(np.array(ids, dtype))
+                    counts[f"{place}_tokens"] += len(ids)
+                    counts[f"{place}_documents"] += ends
+                    bar.update(ends)
+                    if counts[f"{name}_documents"] == limits[name]:
+                        break
+    if not counts["val_tokens"]:
+        share = max(2, counts["train_tokens"] // HELD_OUT)
+        size = paths["train"].stat().st_size - share * np.dtype(dtype).itemsize
+        counts.update(train_tokens=-share, val_tokens=share, val_documents=1)
+        if counts["train_tokens"] > 1:
+            np.fromfile(paths["train"], dtype, offset=size).tofile(paths["val"])
+            os.truncate(paths["train"], size)
+    if min(counts["train_tokens"], counts["val_tokens"]) < 2:
+        raise ValueError("there is too little text")
+    return counts
 
 
-def checksum(paths, meta):
-    """What gemma270m.py compares before it trains: the CRC-32 of the files, then of meta as sorted JSON."""
-    value = 0
-    for path in paths:
-        with open(path, "rb") as file:
-            while chunk := file.read(2 ** 20):
-                value = zlib.crc32(chunk, value)
-    return zlib.crc32(json.dumps(meta, sort_keys=True).encode(), value)
+# ---- command line --------------------------------------------------------------------------------
 
 
-def choose(args):
-    """What to read, as (encoding, training stories, validation stories or None, their limit, description)."""
-    files, val_files = find_files(args.input), find_files(args.val_input)
-    offline = False
-    if not files:
-        try:
-            in_background(probe_hub).result(DEADLINE)
-        except Exception as error:
-            offline = True
-            print("Stories come from a small built-in grammar: cannot reach TinyStories "
-                  f"({reason(error)}); for the real ones, connect to the internet and run this again.")
-    named = args.tokenizer or files  # what was asked for is got or refused, never replaced
-    patience = 60 if named else DEADLINE if offline else 2 * DEADLINE
+def has_gpu():
+    """Whether training takes a GPU; asked in a process of its own, since torch needs 200 MB."""
+    code = "import gemma270m, sys; sys.exit(gemma270m.pick_device('auto').type != 'cuda')"
+    return subprocess.run([sys.executable, "-c", code], cwd=GRAMMAR.parents[1]).returncode == 0
+
+
+def choose_text(args, gpu, skipped):
+    """-> where the text is from, {split: function that gives its documents}, {split: limit}"""
+    if args.input:
+        patterns = {"train": args.input, "val": args.val_input}
+        texts = {
+            name: partial(read_files, skipped, some) for name, some in patterns.items() if some
+        }
+        return " ".join(args.input), texts, {"train": args.limit, "val": None}
+    limit = args.limit or (None if gpu else SMALL_STORIES)
+    limits = {"train": limit or ALL_STORIES, "val": max(200, limit // HELD_OUT) if limit else None}
     try:
-        encoding = load_tokenizer(args.tokenizer or "gpt2", patience)
-    except OSError as error:
-        if named:
-            raise ValueError(f"{error}, or use --tokenizer bytes") from error
-        encoding = load_tokenizer("bytes")
-        print(f"Tokens are bytes: {error}.")
-    if files:
-        val = read_files(val_files) if val_files else None
-        return encoding, read_files(files), val, None, " ".join(args.input)
-    val_limit = args.limit and max(100, args.limit // 100)  # the share that the whole of TinyStories has
-    if offline:
-        val = itertools.islice(write_stories(), BUILT_IN_VAL)
-        train = itertools.islice(write_stories(), BUILT_IN_VAL, BUILT_IN_VAL + BUILT_IN_TRAIN)
-        train, val = (itertools.chain.from_iterable(map(story, texts)) for texts in (train, val))
-        return encoding, train, val, val_limit, "built-in story grammar"
-    return encoding, read_tinystories("train"), read_tinystories("validation"), val_limit, DATASET
+        files = hub_files(TINYSTORIES, "dataset", r"data/(train|validation)-.*\.parquet")
+    except ConnectionError as error:
+        meta = Path(args.out_dir, "meta.json")
+        if meta.exists() and BUILT_IN not in meta.read_text("utf-8"):
+            raise ValueError(f"{error}; {args.out_dir} keeps the data that it holds") from error
+        print(f"No TinyStories but {BUILT_IN}: {error}", flush=True)
+        texts = {"train": make_stories, "val": partial(make_stories, 1)}
+        return BUILT_IN, texts, {"train": limit or SMALL_STORIES, "val": 200}
+    shards = {"train": {}, "val": {}}
+    for name, download in files.items():
+        shards["train" if "train-" in name else "val"][name] = download
+    return TINYSTORIES, {name: partial(read_shards, some) for name, some in shards.items()}, limits
+
+
+def replace(out, new):
+    """Moves the files of `new` to `out`, meta.json last: without it the folder looks unfinished."""
+    for name in ("meta.json", "init.pt"):
+        (out / name).unlink(missing_ok=True)
+    for name in sorted(os.listdir(new), key="meta.json".__eq__):
+        os.replace(new / name, out / name)
 
 
 def prepare(args):
-    """Writes the three files of args.out_dir, or none of them, and prints what they hold."""
-    start = time.time()
-    encoding, stories, val_stories, val_limit, source = choose(args)
-    dtype = np.dtype(np.uint16 if encoding.n_vocab <= 2**16 else np.uint32)
+    """Writes the data folder that the flags ask for, or leaves it as it was; prints what it holds."""
+    began = time.time()
+    decided = (args.tokenizer or args.model) and (args.input or args.limit)
+    gpu = not decided and has_gpu()
+    skipped = Counter() if args.skip_bad else None
+    source, texts, limits = choose_text(args, gpu, skipped)
+    default = "gpt2" if gpu and source != BUILT_IN else SMALL_VOCABULARY
+    name = args.model or args.tokenizer or default
+    if not decided:
+        size = f"{limits['train']:,} documents" if limits["train"] else "all documents"
+        print(
+            f"{'A' if gpu else 'No'} GPU here: {size} of {source}, tokenizer {name} (--limit, --tokenizer)"
+        )
     out = Path(args.out_dir)
-    new = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = {name: out / f"{name}.tmp" for name in OUTPUTS}
+    made = not out.exists()
+    new = out / ".new"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
     try:
-        with (ThreadPoolExecutor(WORKERS) as pool, open(temporary["train.bin"], "w+b") as train_file,
-              open(temporary["val.bin"], "w+b") as val_file):
-            train = TokenFile(train_file, encoding, dtype, pool)
-            val = TokenFile(val_file, encoding, dtype, pool)
-            fill(train, stories, args.limit, held_out=None if val_stories else val)
-            if val_stories:
-                fill(val, val_stories, val_limit)
-            elif val.stories and not train.stories:
-                split_single(train, val)
-        for file, what in ((train, source), (val, " ".join(args.val_input) or source)):
-            if not file.stories:
-                raise ValueError(f"{what}: no text in there")
-        meta = {"tokenizer": encoding.name, "vocab_size": encoding.n_vocab, "dtype": dtype.name,
-                "end_of_text": encoding.eot_token, "train_tokens": train.tokens, "val_tokens": val.tokens,
-                "train_stories": train.stories, "val_stories": val.stories, "source": source}
-        meta["crc32"] = checksum((temporary["train.bin"], temporary["val.bin"]), meta)
-        temporary["meta.json"].write_text(json.dumps(meta, indent=2) + "\n")
-        # From here to the end there is no meta.json: interrupted now, the folder looks unfinished, as it is.
-        (out / "meta.json").unlink(missing_ok=True)
-        for name in OUTPUTS:
-            os.replace(temporary[name], out / name)
+        if args.model:
+            from gemma270m import save_checkpoint
+
+            config, weights, tokenizer = read_model(args.model)
+            save_checkpoint(new / "init.pt", {"model_config": asdict(config), "model": weights})
+        elif name.isdecimal():
+            parts = islice(split(texts["train"]()), LEARN_FROM)
+            tokenizer = learn_tokenizer((part for part, _ in parts), int(name))
+            name = f"{int(name):,} learned from the text"
+            if skipped:
+                skipped.clear()
+        else:
+            tokenizer = load_tokenizer(name)
+        dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+        documents = {split: text() for split, text in texts.items()}
+        meta = {
+            "source": source,
+            "tokenizer": name,
+            "vocab_size": tokenizer.vocab_size,
+            "dtype": dtype,
+            "bos_token": tokenizer.bos_token,
+            "end_tokens": tokenizer.end_tokens,
+            "tokenizer_files": sorted(tokenizer.files),
+            **write_tokens(new, dtype, tokenizer, documents, limits),
+        }
+        for file, text in tokenizer.files.items():
+            (new / file).write_text(text, "utf-8")
+        (new / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        replace(out, new)
     finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-        if new and not any(out.iterdir()):
+        shutil.rmtree(new, ignore_errors=True)
+        if made and not any(out.iterdir()):
             out.rmdir()
 
-    for name, file in (("train.bin", train), ("val.bin", val)):
-        print(f"{out / name}: {file.stories:,} stories, {file.tokens:,} tokens, "
-              f"{file.tokens * dtype.itemsize / 1e6:,.1f} MB")
-    if not val_stories and 10 * val.tokens > train.tokens:
-        print("Validation took more than a tenth of the text, the first document: --val_input names another.")
-    flag = "" if args.out_dir == "data" else f" --data_dir {shlex.quote(args.out_dir)}"
-    flag += f" --init_from {shlex.quote(args.tokenizer)}" if isinstance(encoding, FolderTokenizer) else ""
-    print(f"Tokenizer {encoding.name} ({encoding.n_vocab:,} different tokens), {time.time() - start:.1f} s.")
-    print(f"Next: python gemma270m.py{flag}")
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line, without the usage that argparse puts before it
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def positive(text):
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, not {text!r}")
-    return int(text)
+    for part in ("train", "val"):
+        count = f"{meta[part + '_documents']:,} documents, {meta[part + '_tokens']:,} tokens"
+        print(f"{out / part}.bin: {count}")
+    if skipped:
+        print(f"Skipped {skipped.total():,} rows without text")
+    print(f"Tokenizer: {name}, {meta['vocab_size']:,} tokens. {time.time() - began:.1f} s.")
+    folder = "" if args.out_dir == "data" else f" --data_dir {shlex.quote(args.out_dir)}"
+    print(f"Next: python gemma270m.py{folder}")
 
 
 def main(argv=None):
     """The command line; returns the exit status."""
-    parser = Parser(prog="prepare.py", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", default=[], metavar="FILE",
-                        help="files or globs to read instead of TinyStories: .txt (documents separated by "
-                        f"{END_OF_TEXT}) or .jsonl, also .gz or .xz, or .parquet; both with a field `text`")
-    parser.add_argument("--val_input", nargs="+", default=[], metavar="FILE",
-                        help=f"validation files; without them, every {HELD_OUT}th story of the input is held "
-                        f"out, the first one included, or of a single story the last {HELD_OUT}th part")
-    parser.add_argument("--limit", type=positive, metavar="N",
-                        help="at most N training stories; TinyStories then gives N/100 for validation, "
-                        "but no less than 100")
-    parser.add_argument("--tokenizer", metavar="NAME", help="gpt2, bytes, or a folder with tokenizer.json, "
-                        "also by its name on the hub; gpt2 unless it is out of reach")
-    parser.add_argument("--out_dir", default="data", metavar="DIR", help="where to write (default: data)")
+    parser = argparse.ArgumentParser("prepare.py", argparse.SUPPRESS, __doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    flag = parser.add_argument
+    flag("--input", nargs="+", metavar="FILE", help=".txt, .jsonl, .json (also .gz, .xz), .parquet")
+    flag("--val_input", nargs="+", metavar="FILE", help="else every 100th document is held out")
+    flag("--limit", type=int, metavar="N", help="at most N training documents")
+    flag(
+        "--tokenizer", metavar="NAME", help="gpt2, a number of words to learn, a folder or hub name"
+    )
+    flag(
+        "--model", metavar="NAME", help="model to fine-tune with its tokenizer: folder or hub name"
+    )
+    flag("--out_dir", default="data", metavar="DIR", help="where to write; default: data")
+    flag("--skip_bad", action="store_true", help="skip and count rows without text")
     args = parser.parse_args(argv)
     if args.val_input and not args.input:
-        parser.error("argument --val_input: needs --input")
+        parser.error("--val_input needs --input")
+    if args.model and args.tokenizer:
+        parser.error("--model brings its own tokenizer: leave out --tokenizer")
+    if args.limit is not None and args.limit < 1:
+        parser.error("--limit must be 1 or more")
     try:
         prepare(args)
         return 0
     except KeyboardInterrupt:
         message, status = "interrupted", 130
-    except Exception as error:
-        message, status = " ".join(str(error).split()) or type(error).__name__, 1
+    except (ValueError, OSError) as error:
+        message, status = one_line(error), 1
     print(f"prepare.py: error: {message}", file=sys.stderr)
     return status
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

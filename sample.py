@@ -1,143 +1,449 @@
-"""Continues a prompt with a model that gemma270m.py trained, and shows the text as it comes; or exports it.
+"""
+Continues a prompt with a model of gemma270m.py, showing the text as it comes; or exports the model.
 
     python sample.py --ckpt out.pt --prompt "Once upon a time"
     python sample.py --ckpt out.pt --prompt FILE:start.txt --num_samples 4 --temperature 0.7
-    python sample.py --ckpt FOLDER              # with a model and tokenizer that transformers reads
-    python sample.py --ckpt out.pt --export FOLDER
+    python sample.py --ckpt FOLDER --chat "Why is the sky blue?"    # a model of transformers
+    python sample.py --ckpt out.pt --export FOLDER                  # for transformers
 
 The text goes to standard output; speed and reason for the end go to standard error.
 """
+
 import argparse
+import functools
+import json
+import math
+import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
 
-from gemma270m import Gemma, load_checkpoint, pick_device, pick_dtype, require
-from prepare import load_tokenizer
+from gemma270m import (
+    Gemma,
+    UserError,
+    causal_attention,
+    load_checkpoint,
+    pick_device,
+    pick_dtype,
+)
+from prepare import FIELDS, Tokenizer, read_model
+
+# ---- Cache ---------------------------------------------------------------------------------------
+
+
+class LayerCache:
+    """The keys and values of one layer, and attention to them in place of causal_attention.
+
+    They lie in a ring buffer as long as the layer's window: position p has place p % size, where it
+    overwrites one that no later query sees. The order of places does not matter to attention,
+    because RoPE has turned each key by its position.
+    """
+
+    def __init__(self, length, shape, like):
+        self.length = length  # positions so far, a tensor that all layers share
+        self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)  # (B, G, size, D)
+        self.values = torch.zeros_like(self.keys)
+
+    def __call__(self, q, k, v, window, scale):
+        """Stores k, v (B, G, T, D) and attends with q (B, H, T, D): a prompt, or a single token."""
+        T = k.size(2)
+        size = self.keys.size(2)
+        positions = self.length + torch.arange(T, device=k.device)
+        places = positions[-size:] % size
+        self.keys.index_copy_(2, places, k[:, :, -size:].type_as(self.keys))
+        self.values.index_copy_(2, places, v[:, :, -size:].type_as(self.values))
+        if T > 1:  # a prompt sees itself only
+            return causal_attention(q, k, v, window, scale)
+
+        # One query sees all that the ring holds. The query heads that share a key/value head are
+        # rows of one matrix.
+        q = q.squeeze(2).unflatten(1, (k.size(1), -1))  # (B, G, H / G, D)
+        scores = (q * scale) @ self.keys.mT  # (B, G, H / G, size)
+        empty = torch.arange(size, device=k.device) > positions
+        p = scores.float().masked_fill(empty, -math.inf).softmax(-1)
+        y = p.type_as(v) @ self.values  # (B, G, H / G, D)
+        return y.flatten(1, 2).unsqueeze(2)
+
+
+class KVCache:
+    """A LayerCache for each layer: whole for the full layers, the window for the sliding ones."""
+
+    def __init__(self, model, batch_size, max_length):
+        c = model.config
+        self.length = torch.zeros((), dtype=torch.long, device=model.head.device)
+        self.layers = []
+        for layer in model.layers:
+            size = min(max_length, layer.self_attn.window)
+            shape = (batch_size, c.n_kv_groups, size, c.head_dim)
+            self.layers.append(LayerCache(self.length, shape, model.head))
+
+
+def predict(model, cache, tokens):
+    """The logits (B, V) of the token that follows tokens (B, T), which join the cache.
+
+    The first call takes the prompt, each other one a single token.
+    """
+    # On a CPU, oneDNN is slow with a single row.
+    several_rows = tokens.numel() > 1
+    with torch.backends.mkldnn.flags(enabled=several_rows):
+        x = model.features(tokens, cache.length, cache.layers)
+        logits = F.linear(x[:, -1], model.head)
+    cache.length += tokens.size(1)
+    return logits.float()
+
+
+# ---- Generation ----------------------------------------------------------------------------------
+
+
+def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """Draws one token from each row of logits (B, V) -> (B,). Temperature 0 takes the likeliest.
+
+    From the top_k likeliest, and of these from the fewest that hold the probability top_p.
+    """
+    if temperature < 1e-6:
+        return logits.argmax(-1)
+    tokens = None
+    logits = logits / temperature
+    if top_k or top_p:
+        k = min(top_k or logits.size(-1), logits.size(-1))
+        logits, tokens = logits.topk(k)  # in falling order
+    if top_p:
+        # Nucleus sampling (arXiv 1904.09751)
+        p = logits.softmax(-1)
+        likelier = p.cumsum(-1) - p
+        logits = logits.masked_fill(likelier >= top_p, -math.inf)
+    # The Gumbel-max trick (arXiv 1611.01144), because torch.multinomial would wait for the GPU.
+    noise = torch.empty_like(logits).exponential_(generator=generator)
+    drawn = (logits - noise.log()).argmax(-1)
+    if tokens is None:
+        return drawn
+    return tokens.gather(1, drawn[:, None]).squeeze(1)
+
+
+@torch.inference_mode()
+def stream(
+    model,
+    tokens,
+    max_new_tokens,
+    temperature=1.0,
+    top_k=None,
+    top_p=None,
+    stop_tokens=(),
+    generator=None,
+):
+    """Yields (B,) tokens that continue tokens (B, T), one position at a time, with an exact cache.
+
+    Rows have equal length and no padding. Ends after max_new_tokens, or when every row has produced
+    one of stop_tokens; a row that has done so repeats the first of them until the others have.
+    Raises UserError if the tokens do not fit into the context or a value is out of range.
+    """
+    B, T = tokens.shape
+    context = model.config.context_length
+    if T < 1 or max_new_tokens < 0 or T + max_new_tokens > context:
+        raise UserError(f"{T} + {max_new_tokens} tokens do not fit into a context of {context}")
+    if not 0 <= temperature < 1e9:
+        raise UserError(f"temperature cannot be {temperature}")
+    if top_k is not None and top_k < 0:
+        raise UserError(f"top_k cannot be {top_k}; 0 turns it off")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p must be above 0 and at most 1, not {top_p}")
+
+    cache = KVCache(model, B, T + max_new_tokens)
+    step = functools.partial(predict, model, cache)
+    stops = torch.tensor(stop_tokens, device=tokens.device, dtype=tokens.dtype)
+    stopped = torch.zeros(B, dtype=torch.bool, device=tokens.device)
+    for made in range(max_new_tokens):
+        if made == 1 and tokens.is_cuda:
+            # From here on each step has the same shape, so it is recorded as a CUDA graph: one
+            # launch in place of hundreds. Recording takes a step, which the next one takes anew.
+            step = torch.cuda.make_graphed_callables(step, (tokens.clone(),), num_warmup_iters=1)
+            cache.length -= 1
+        new = sample_token(step(tokens), temperature, top_k, top_p, generator)
+        if len(stops) > 0:
+            new = torch.where(stopped, stops[0], new)
+            stopped |= torch.isin(new, stops)
+        yield new
+        if stopped.all():
+            return
+        tokens = new[:, None]
 
 
 class Text:
     """The text of tokens that come one by one; a character appears once its last byte is there."""
-    def __init__(self, tokenizer, end):
-        self.tokenizer, self.end, self.content, self.ended = tokenizer, end, "", False
+
+    def __init__(self, tokenizer, end_tokens):
+        self.tokenizer = tokenizer
+        self.end_tokens = end_tokens
+        self.content = ""
+        self.ended = False
         self.waiting = []  # tokens whose last character may want more bytes
 
     def add(self, token):
-        """Takes a token and returns the characters that it completes; none from end-of-text on."""
-        self.ended = self.ended or token == self.end
-        known = not self.ended and token < self.tokenizer.n_vocab  # a padded vocabulary has more
-        self.waiting += [token] if known else []
-        return "" if self.tokenizer.decode(self.waiting).endswith("\ufffd") else self.finish()
+        """Takes a token and returns the characters that it completes; none after an end token."""
+        self.ended = self.ended or token in self.end_tokens
+        if not self.ended:
+            self.waiting.append(token)
+        if self.tokenizer.decode(self.waiting).endswith("\ufffd"):
+            return ""
+        return self.finish()
 
     def finish(self):
-        """Returns the characters of the tokens that wait, with U+FFFD for what was never completed."""
-        characters, self.waiting = self.tokenizer.decode(self.waiting), []
+        """Returns the characters of the tokens that wait, with U+FFFD for what is not whole."""
+        characters = self.tokenizer.decode(self.waiting)
+        self.waiting = []
         self.content += characters
         return characters
 
 
-def read_prompt(prompt):
-    """The prompt itself, or for FILE:PATH what the file holds. Raises ValueError if that is no UTF-8 text."""
-    if not prompt.startswith("FILE:"):
-        return prompt
-    path = prompt.removeprefix("FILE:")
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"prompt: {path} cannot be read as UTF-8 text: {error}") from None
+# ---- Reading and writing models ------------------------------------------------------------------
 
 
-def load(ckpt, tokenizer=None):
-    """The model of a checkpoint or of a folder, its tokenizer and end-of-text token. Raises ValueError.
+def load(path):
+    """The model, its tokenizer and its end tokens, from a checkpoint, a folder or the hub.
 
-    `tokenizer` names one to take in place of that of the checkpoint, whose folder may have moved.
+    Raises UserError if there is no such model, or if it is damaged.
     """
-    if not (ckpt.endswith(".pt") or Path(ckpt).is_file()):
-        model, tokenizer = Gemma.from_pretrained(ckpt), load_tokenizer(tokenizer or ckpt)
-        return model, tokenizer, tokenizer.eot_token
-    state = load_checkpoint(ckpt)
-    require({"tokenizer", "end_of_text"} <= state["data"].keys(), f"{ckpt} does not name its tokenizer")
-    model = Gemma(state["model_config"])
-    model.load_state_dict(state["model"])
-    return model, load_tokenizer(tokenizer or state["data"]["tokenizer"]), state["data"]["end_of_text"]
+    if Path(path).is_file() or path.endswith(".pt"):
+        model, state = load_checkpoint(path)
+        files = state.get("data", {}).get("tokenizer_files")
+        if files is None:
+            raise UserError(f"{path} holds no tokenizer: it is of an earlier version, or no run")
+        tokenizer = Tokenizer(files)
+    else:
+        config, weights, tokenizer = read_model(path)
+        model = Gemma(config)
+        model.load_state_dict(weights)
+    return model, tokenizer, tokenizer.end_tokens
 
 
-def sample(args):
-    """Prints args.num_samples continuations of args.prompt. Raises ValueError for what cannot be done."""
-    require(args.num_samples > 0, f"num_samples cannot be {args.num_samples}")
-    require(args.seed is None or abs(args.seed) < 2 ** 63, f"seed cannot be {args.seed}")
-    require(args.max_new_tokens is None or args.max_new_tokens > 0, "max_new_tokens must be at least 1")
-    prompt, device = read_prompt(args.prompt), pick_device(args.device)
-    model, tokenizer, end = load(args.ckpt, args.tokenizer)
-    if args.export:
-        model.save_pretrained(args.export, tokenizer)
-        print(f"{args.export}: {model.num_parameters():,} parameters, tokenizer {tokenizer.name}")
-        return
-    config, start = model.config, tokenizer.prefix or [end]  # in training each document follows one of these
-    start = [*start, *tokenizer.encode_ordinary(prompt)]
-    fits = max(start) < config.vocab_size
-    require(fits, f"prompt: token {max(start)} is beyond the vocabulary of {config.vocab_size}")
-    room = config.context_length - len(start)
-    require(room > 0, f"prompt: {len(start)} tokens leave no room in a context of {config.context_length}")
-    wanted = args.max_new_tokens or (2048 if tokenizer.name == "bytes" else 256)  # a story in either
+MODEL_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+# license: to be chosen by the owner of the weights
+---
+A Gemma 3 text model of {parameters:,} parameters, exported by sample.py of gemma270m.py.
 
-    dtype, _ = pick_dtype(args.dtype, device)
+    from transformers import pipeline
+    pipeline("text-generation", "{folder}")("Once upon a time")
+"""
+
+
+def export(model, tokenizer, folder):
+    """Writes what transformers reads to a new or empty folder, which appears when it is whole.
+
+    Raises UserError if the folder holds something or cannot be written.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not empty: name a new folder")
+    c = model.config
+    config = {
+        **{official: getattr(c, ours) for official, ours in FIELDS.items()},
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": False,
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "layer_types": c.layer_types,
+        "dtype": "float32",
+        "bos_token_id": start_of_document(tokenizer),
+        "eos_token_id": tokenizer.end_tokens,
+        "pad_token_id": None,
+    }
+    files = dict(tokenizer.files)
+    tokenizer_config = json.loads(files["tokenizer_config.json"])
+    # llama.cpp reads here whether a text begins with a start token; in training each one does.
+    tokenizer_config["add_bos_token"] = True
+    tokenizer_config["model_max_length"] = c.context_length
+    files["tokenizer_config.json"] = json.dumps(tokenizer_config, indent=2) + "\n"
+    files["config.json"] = json.dumps(config, indent=2) + "\n"
+    files["README.md"] = MODEL_CARD.format(parameters=model.num_parameters(), folder=folder.name)
+    weights = {}
+    for name, weight in model.state_dict().items():
+        official = name if name == "lm_head.weight" else f"model.{name}"
+        weights[official] = weight.float().cpu().contiguous()
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            part = Path(temporary, "part")
+            part.mkdir()
+            for name, text in files.items():
+                (part / name).write_text(text, encoding="utf-8")
+            save_file(weights, part / "model.safetensors", {"format": "pt"})
+            part.replace(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}") from error
+
+
+def llama_cpp_warnings(config):
+    """What llama.cpp takes for granted and this model does not have, a line each."""
+    lines = []
+    if config.full_attention_every != 6:
+        lines.append("llama.cpp ignores full_attention_every, takes 6, and gives other text")
+    if config.query_pre_attn_scalar != config.head_dim:
+        lines.append(
+            "llama.cpp ignores query_pre_attn_scalar, takes head_dim, and gives other text"
+        )
+    return lines
+
+
+# ---- Command line --------------------------------------------------------------------------------
+
+
+def read_prompt(prompt):
+    """The prompt itself, or for FILE:PATH what the file holds. Raises UserError if it cannot be."""
+    if prompt.startswith("FILE:"):
+        path = prompt.removeprefix("FILE:")
+        try:
+            prompt = Path(path).read_bytes().decode("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"prompt: {path} cannot be read as UTF-8 text: {error}") from error
+    # As in training text: no byte order mark, and one kind of line end.
+    return prompt.removeprefix("\ufeff").replace("\r\n", "\n")
+
+
+def chat_tokens(tokenizer, question):
+    """The tokens of a question in the model's chat template, up to where the answer begins."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    config = json.loads(tokenizer.files["tokenizer_config.json"])
+    template = tokenizer.files.get("chat_template.jinja", config.get("chat_template"))
+    if template is None:
+        raise UserError("chat: this model has no chat template; use --prompt")
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    messages = [{"role": "user", "content": question}]
+    names = {name: config.get(name) for name in ("bos_token", "eos_token")}
+    text = environment.from_string(template).render(
+        messages=messages, add_generation_prompt=True, **names
+    )
+    # Here the names of special tokens, such as <start_of_turn>, are not ordinary text.
+    tokenizer.backend.encode_special_tokens = False
+    tokens = tokenizer.encode(text)
+    tokenizer.backend.encode_special_tokens = True
+    return tokens
+
+
+def start_of_document(tokenizer):
+    """What a document begins with in training: the start token, or the end of the one before."""
+    return tokenizer.end_tokens[0] if tokenizer.bos_token is None else tokenizer.bos_token
+
+
+def sample(args, model, tokenizer, end_tokens):
+    """Prints args.num_samples continuations. Raises UserError for what cannot be done."""
+    if args.chat is None:
+        prompt = read_prompt(args.prompt)
+        start = [start_of_document(tokenizer), *tokenizer.encode(prompt)]
+    else:
+        prompt = ""
+        start = chat_tokens(tokenizer, read_prompt(args.chat))
+    c = model.config
+    if max(start) >= c.vocab_size:
+        raise UserError(f"prompt: token {max(start)} is beyond the vocabulary of {c.vocab_size}")
+    room = c.context_length - len(start)
+    if room < 1:
+        raise UserError(f"prompt: {len(start)} tokens fill the context of {c.context_length}")
+
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    if device.type == "cpu" and model.num_parameters() < 20_000_000:
+        torch.set_num_threads(1)  # a second thread would only wait for the first
     model.to(device, dtype)
-    if args.compile:  # with these options, products with one row become kernels of their own
-        model.compile(options={"coordinate_descent_tuning": True, "combo_kernels": True})
+    if args.compile:
+        model.compile_parts()
     generator = torch.Generator(device)
-    generator.seed() if args.seed is None else generator.manual_seed(args.seed)
+    if args.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(args.seed)
+
     tokens = torch.tensor([start] * args.num_samples, device=device)
-    stream = model.stream(tokens, min(wanted, room), args.temperature, args.top_k, args.top_p, end, generator)
-    texts, alone, made = [Text(tokenizer, end) for _ in tokens], args.num_samples == 1, 0
-    began, before = time.perf_counter(), 0
-    halved = dtype == torch.float16  # then autocast keeps the residual stream in float32
-    with torch.autocast(device.type, dtype, enabled=halved, cache_enabled=False):
-        for new in stream:
-            shown = [text.add(token) for text, token in zip(texts, new.tolist())]
-            if alone:
-                print(shown[0] if made else prompt + shown[0], end="", flush=True)
-            made += len(shown)
-            if made == 2 * len(shown):  # what prompt and preparations took is not decoding
-                began, before = time.perf_counter(), made
-    seconds = time.perf_counter() - began
-    shown = [text.finish() for text in texts]
-    print(*shown if alone else (prompt + text.content for text in texts), sep="\n---------------\n")
-    speed = f"{(made - before) / seconds:,.0f} tokens/s, " if made > before else ""  # none to time
+    choice = (args.temperature, args.top_k, args.top_p, end_tokens, generator)
+    new_tokens = stream(model, tokens, min(args.max_new_tokens, room), *choice)
+    texts = [Text(tokenizer, end_tokens) for _ in tokens]
+    alone = args.num_samples == 1
+    if alone:
+        print(prompt, end="", flush=True)
+    made = 0
+    # In float16 autocast keeps the residual stream in float32.
+    with torch.autocast(device.type, dtype, enabled=dtype == torch.float16, cache_enabled=False):
+        for new in new_tokens:
+            made += 1
+            for text, token in zip(texts, new.tolist()):
+                characters = text.add(token)
+                if alone:
+                    print(characters, end="", flush=True)
+            if made == 2:  # what the prompt and the recording took is not decoding
+                began = time.perf_counter()
+    if made > 2:
+        seconds = time.perf_counter() - began
+        speed = f", {(made - 2) * len(texts) / seconds:,.0f} tokens/s"
+    else:
+        speed = ""
+    for i, text in enumerate(texts):
+        rest = text.finish()
+        if alone:
+            print(rest)
+        else:
+            separator = "---------------\n" if i > 0 else ""
+            print(f"{separator}{prompt}{text.content}")
     ended = sum(text.ended for text in texts)
-    print(f"{made:,} tokens, {speed}{ended} of {args.num_samples} ended by end-of-text", file=sys.stderr)
+    report = f"{made * len(texts):,} tokens{speed}, {ended} of {len(texts)} ended by end-of-text"
+    print(report, file=sys.stderr)
+
+
+def parse_flags(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    flag = functools.partial(parser.add_argument, metavar="")
+    flag("--ckpt", default="out.pt", help="checkpoint, folder of transformers, or name on the hub")
+    flag("--export", help="write the model to this folder for transformers, and end")
+    flag("--prompt", default="", help="text to continue, or FILE:PATH; without one a new document")
+    flag("--chat", help="question to an instruction-tuned model, in its chat template")
+    flag("--num_samples", type=int, default=1, help="continuations in one batch (default: 1)")
+    flag("--max_new_tokens", type=int, default=512, help="longest continuation (default: 512)")
+    flag("--temperature", type=float, default=0.8, help="0 takes the likeliest (default: 0.8)")
+    flag("--top_k", type=int, default=64, help="draw from the k likeliest; 0: off (default: 64)")
+    flag("--top_p", type=float, default=0.95, help="and from the fewest that hold this probability")
+    flag("--seed", type=int, help="the same seed gives the same text (default: another each time)")
+    flag("--device", default="auto", help="cuda, mps, cpu; auto takes a GPU if there is one")
+    flag("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
+    parser.add_argument("--compile", action="store_true", help="faster on a GPU, after a minute")
+    args = parser.parse_args(argv)
+    if args.num_samples < 1 or args.max_new_tokens < 1:
+        parser.error("num_samples and max_new_tokens must be at least 1")
+    if args.seed is not None and abs(args.seed) >= 2**63:
+        parser.error(f"seed cannot be {args.seed}")
+    return args
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"sample.py: error: {message}\n")
-    add = parser.add_argument
-    add("--ckpt", default="out.pt", help="checkpoint of gemma270m.py, or a folder that transformers "
-        "reads, or its name on the hub (default: %(default)s)")
-    add("--tokenizer", metavar="FOLDER", help="the checkpoint's tokenizer, if its folder has moved")
-    add("--export", metavar="FOLDER", help="write the model there for transformers, and end")
-    add("--prompt", default="", help="text to continue, or FILE:PATH; without one a new document starts")
-    add("--num_samples", type=int, default=1, help="continuations in one batch (default: %(default)s)")
-    add("--max_new_tokens", type=int, help="longest continuation (default: 256; 2048 if tokens are bytes)")
-    add("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)")
-    add("--top_k", type=int, default=64, help="draw from the k likeliest tokens (default: %(default)s)")
-    add("--top_p", type=float, default=0.95, help="and from the fewest that hold this probability "
-        "(default: %(default)s)")
-    add("--seed", type=int, help="the same seed gives the same text (default: another each time)")
-    add("--device", default="auto", help="cuda, cpu; auto takes a GPU if there is one")
-    add("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"),
-        help="of matrix products; auto takes what is fast and safe on this hardware")
-    add("--compile", action="store_true", help="faster on a GPU, after half a minute: for long or many texts")
-    try:
-        sample(parser.parse_args(argv))
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        parser.error(str(error).splitlines()[0])
-    except KeyboardInterrupt:
-        parser.exit(130, "\n")
+    """The command line. Raises UserError for what cannot be done."""
+    args = parse_flags(argv)
+    model, tokenizer, end_tokens = load(args.ckpt)
+    if args.export is None:
+        sample(args, model, tokenizer, end_tokens)
+        return
+    export(model, tokenizer, args.export)
+    for line in llama_cpp_warnings(model.config):
+        print(f"warning: {line}", file=sys.stderr)
+    print(f"{args.export}: {model.num_parameters():,} parameters")
 
 
 if __name__ == "__main__":
-    main()
+    # A character that the terminal does not know is replaced.
+    sys.stdout.reconfigure(errors="replace")
+    if hasattr(signal, "SIGPIPE"):
+        # A closed pipe ends the program in silence, as it ends other tools.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        main()
+    except (UserError, torch.OutOfMemoryError) as error:
+        raise SystemExit(f"sample.py: error: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

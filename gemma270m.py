@@ -6,14 +6,13 @@ Gemma 3 270M in one file: the model, its training loop and its command line, in 
     python sample.py --ckpt out.pt              # tells a story
     torchrun --nproc_per_node 4 gemma270m.py    # the same training on four GPUs
 
-References: Gemma 3 Technical Report, https://arxiv.org/abs/2503.19786, and the official
-implementation, huggingface/transformers, models/gemma3/modeling_gemma3.py.
-
-Letters in the shapes: B sequences, T tokens, E emb_dim, H query heads, G key/value heads,
-D head_dim, V vocab_size.
+The model: Gemma 3 Technical Report, arXiv 2503.19786. Official code: transformers, models/gemma3.
+Letters in shapes: B sequences, T tokens, E emb_dim, H query heads, G key/value heads, D head_dim,
+V vocab_size.
 """
 
 import argparse
+import contextlib
 import csv
 import functools
 import inspect
@@ -44,13 +43,12 @@ class UserError(ValueError):
     """A mistake of the user: at the command line one line, without a traceback."""
 
 
-def check_numbers(config, may_be_zero=()):
+def check_numbers(config, may_be_zero=""):
     """Raises UserError that names the first number of a configuration that is out of range."""
-    for field in fields(config):
-        value = getattr(config, field.name)
-        allowed = field.type not in (int, float) or 0 < value < 2**31
-        if not allowed and not (value == 0 and field.name in may_be_zero):
-            raise UserError(f"{field.name} cannot be {value}")
+    for name, value in vars(config).items():
+        fits = isinstance(value, (bool, str, type(None))) or 0 < value < 2**31
+        if not fits and not (value == 0 and name in may_be_zero.split()):
+            raise UserError(f"{name} cannot be {value}")
 
 
 @dataclass
@@ -91,7 +89,7 @@ class GemmaConfig:
 class TrainConfig:
     """One training run. An iteration is one micro-batch; a step is one update, after grad_accum."""
 
-    preset: str = "auto"  # 270m, quick, finetune, tiny; auto: finetune with init.pt, else by device
+    preset: str = "auto"  # auto: finetune where the data have init.pt, else 270m on a GPU, or tiny
     data_dir: str = "data"  # folder that prepare.py wrote
     out: str = "out.pt"  # checkpoint; the log lies beside it as .csv
     resume: bool = False  # go on with the run in --out if there is one; flags given win
@@ -112,12 +110,12 @@ class TrainConfig:
     log_interval: int = 32  # iterations between log lines
     seed: int = 1337  # of the initial weights and of the order of the data
     device: str = "auto"  # cuda, mps, cpu; auto takes an NVIDIA or AMD GPU if there is one
-    dtype: str = "auto"  # bfloat16, float16, float32; auto takes what the hardware does well
+    dtype: str = "auto"  # of matrix products; auto takes what the hardware does well
     compile: bool | None = None  # torch.compile the blocks; on CUDA if not given
     checkpoint_activations: bool = False  # recompute blocks in the backward pass: less memory
 
     def __post_init__(self):
-        check_numbers(self, "warmup_iters min_lr beta1 beta2 weight_decay grad_clip seed".split())
+        check_numbers(self, "warmup_iters min_lr beta1 beta2 weight_decay grad_clip seed")
         if self.max_iters < self.grad_accum:
             raise UserError(f"max_iters {self.max_iters} is less than a step, {self.grad_accum}")
 
@@ -133,15 +131,13 @@ PRESETS = {
                  block_size=256, max_iters=800, warmup_iters=60, lr=5e-3, min_lr=5e-4,
                  eval_interval=200, eval_tokens=32_768),
 }  # fmt: skip
+CHOICES = {"preset": ["auto", *PRESETS], "dtype": ["auto", "bfloat16", "float16", "float32"]}
 
 # ---- Layers, from the smallest to the block ------------------------------------------------------
 
 
 class RMSNorm(nn.Module):
-    """Scales each vector to root mean square 1, then by 1 + weight (arXiv 1910.07467).
-
-    (..., dim) -> the same, in x's dtype. Computed in float32: bfloat16 cannot tell 1 from 1.003.
-    """
+    """Scales each vector to root mean square 1, then by 1 + weight (arXiv 1910.07467)."""
 
     def __init__(self, dim, eps=1e-6):
         super().__init__()
@@ -149,15 +145,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x):
+        # In float32, because bfloat16 cannot tell 1 from 1.003.
         y = F.rms_norm(x.float(), self.weight.shape, 1.0 + self.weight.float(), self.eps)
         return y.type_as(x)
 
 
 def rope_table(positions, head_dim, base):
-    """Cosine and sine of the angle p / base^(2i/D) of position p and pair i (arXiv 2104.09864).
-
-    positions (T,) -> cos, sin (T, 1, D/2), in float32, because bfloat16 knows no position 257.
-    """
+    """Cosine and sine of the angles p / base^(2i/D) (arXiv 2104.09864). (T,) -> 2 x (T, 1, D/2)"""
+    # In float32, because bfloat16 knows no position 257.
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
     angles = torch.outer(positions.float(), 1.0 / base**exponents)[:, None]
     return angles.cos(), angles.sin()
@@ -308,23 +303,22 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, head, targets, gradient_and_loss, training):
-        V = head.size(0)
-        total = torch.zeros((), device=x.device)
-        x_grads = []
+        V = len(head)
         # On a GPU, matrix products are faster when their sides are multiples of 64.
-        padding = -V % 64 if x.is_cuda else 0
-        matrix = F.pad(head.type_as(x), (0, 0, 0, padding))
+        matrix = F.pad(head.type_as(x), (0, 0, 0, -V % 64 if x.is_cuda else 0))
         head_grad = torch.zeros_like(matrix, dtype=torch.float32)
+        x_grads = []
+        total = torch.zeros((), device=x.device)
         n = max(1, min(4096, LOGITS_AT_ONCE // V))
         for rows, row_targets in zip(x.split(n), targets.split(n)):
             logits = rows @ matrix.T  # (n, V)
-            if training:
-                logits_grad, loss = gradient_and_loss(logits, row_targets, V)
-                x_grads.append(logits_grad @ matrix)
-                head_grad += logits_grad.T @ rows
-            else:
-                loss = summed_cross_entropy(logits, row_targets, V)
+            if not training:
+                total += summed_cross_entropy(logits, row_targets, V)
+                continue
+            logits_grad, loss = gradient_and_loss(logits, row_targets, V)
             total += loss
+            x_grads.append(logits_grad @ matrix)
+            head_grad += logits_grad.T @ rows
         if training:
             ctx.save_for_backward(torch.cat(x_grads), head_grad[:V])
         return total
@@ -373,15 +367,12 @@ class Gemma(nn.Module):
         self.gradient_and_loss = torch.compile(gradient_and_loss, dynamic=False)
 
     def features(self, tokens, start=0, attends=None):
-        """What the output head reads. tokens (B, T) at positions start, start + 1, ... -> (B, T, E)
-
-        attends: a function like causal_attention for each layer, as sample.py's cache has them.
-        """
+        """What the head reads. tokens (B, T) at positions start, start + 1, ... -> (B, T, E)"""
         c = self.config
         T = tokens.size(1)
         if T > c.context_length:
             raise UserError(f"{T} tokens exceed the context of {c.context_length}")
-        if attends is None:
+        if attends is None:  # sample.py passes its cache instead
             attends = [causal_attention] * c.n_layers
         positions = torch.arange(T, device=tokens.device) + start
         rope = {
@@ -405,10 +396,7 @@ class Gemma(nn.Module):
         return self.norm(x)
 
     def forward(self, tokens, targets=None):
-        """tokens (B, T) -> logits (B, T, V); with targets (B, T) their mean cross-entropy.
-
-        Targets of -1 are ignored. Raises UserError if T exceeds the context.
-        """
+        """tokens (B, T) -> logits (B, T, V), or mean cross-entropy with targets; -1 is ignored."""
         x = self.features(tokens)
         if targets is None:
             return F.linear(x, self.head)
@@ -418,21 +406,18 @@ class Gemma(nn.Module):
         return loss / (targets >= 0).sum().clamp(min=1)
 
     @torch.no_grad()
-    def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None, generator=None):
+    def generate(self, tokens, max_new_tokens, temperature=1.0, generator=None):
         """Continues tokens (B, T), rows of equal length without padding -> (B, T + n).
 
-        The plain reference, the whole model for each token; sample.py's stream is the fast way.
+        The reference, with the whole model for each token; sample.py's stream is the fast way.
         """
         for _ in range(max_new_tokens):
             logits = self(tokens)[:, -1].float()  # (B, V)
-            # Temperature 0 takes the likeliest token, as top_k 1 does.
             if temperature == 0:
-                top_k = 1
-            if top_k is not None:
-                least = logits.topk(top_k).values[:, -1:]
-                logits = logits.masked_fill(logits < least, -math.inf)
-            p = (logits / (temperature or 1.0)).softmax(-1)
-            new = torch.multinomial(p, 1, generator=generator)  # (B, 1)
+                new = logits.argmax(-1, keepdim=True)
+            else:
+                p = (logits / temperature).softmax(-1)
+                new = torch.multinomial(p, 1, generator=generator)
             tokens = torch.cat((tokens, new), dim=1)
         return tokens
 
@@ -441,19 +426,15 @@ class Gemma(nn.Module):
 
 
 def load_data(folder):
-    """The tokens of train.bin and val.bin as memory maps, and what meta.json says of them.
-
-    Raises UserError if something is missing or does not fit.
-    """
-    folder = Path(folder)
+    """Memory maps of train.bin and val.bin, and what meta.json says. Raises UserError."""
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        # The checkpoint takes the tokenizer along.
+        meta = json.loads(Path(folder, "meta.json").read_text("utf-8"))
+        # The checkpoint will take the tokenizer along.
         names = meta["tokenizer_files"]
-        meta["tokenizer_files"] = {n: (folder / n).read_text(encoding="utf-8") for n in names}
-        train = np.memmap(folder / "train.bin", dtype=meta["dtype"], mode="r")
-        val = np.memmap(folder / "val.bin", dtype=meta["dtype"], mode="r")
-        if [len(train), len(val)] != [meta["train_tokens"], meta["val_tokens"]]:
+        meta["tokenizer_files"] = {name: Path(folder, name).read_text("utf-8") for name in names}
+        train = np.memmap(Path(folder, "train.bin"), meta["dtype"], mode="r")
+        val = np.memmap(Path(folder, "val.bin"), meta["dtype"], mode="r")
+        if (len(train), len(val)) != (meta["train_tokens"], meta["val_tokens"]):
             raise ValueError("a file is cut short")
         if max(train.max(), val.max()) >= meta["vocab_size"]:
             raise ValueError("a token is beyond the vocabulary")
@@ -475,10 +456,8 @@ def block_order(n_blocks, seed, epoch):
 
 
 def training_blocks(iteration, batch_size, n_blocks, seed):
-    """Which blocks of the data make a micro-batch; no block comes twice in an epoch.
-
-    They depend on these numbers alone, so a resumed run goes on where the first one was.
-    """
+    """Which blocks of the data make a micro-batch; no block comes twice in an epoch."""
+    # They depend on these numbers alone, so a resumed run goes on where the first one was.
     blocks = []
     for i in range(iteration * batch_size, (iteration + 1) * batch_size):
         epoch, place = divmod(i, n_blocks)
@@ -516,19 +495,18 @@ def learning_rate(config, step):
 
 
 @torch.no_grad()
-def evaluate(model, data, config, bos, autocast, rank=0, world=1):
+def evaluate(model, data, config, bos, device, autocast, rank=0, world=1):
     """Mean loss over eval_tokens of data, the same ones whatever the batch size or processes."""
     n_blocks = count_blocks(len(data), config.block_size, bos)
     wanted = min(n_blocks, math.ceil(config.eval_tokens / config.block_size))
-    chosen = np.linspace(0, n_blocks, wanted, endpoint=False, dtype=int)  # spread over the data
+    spread = np.linspace(0, n_blocks, wanted, endpoint=False, dtype=int)
     total = torch.zeros(2, dtype=torch.float64)  # of the losses, of the targets
     for i in range(rank * config.batch_size, wanted, world * config.batch_size):
-        blocks = chosen[i : i + config.batch_size]
-        x, y = get_batch(data, blocks, config.block_size, bos, model.head.device)
-        with autocast:
-            loss = model(x, y)
+        blocks = spread[i : i + config.batch_size]
+        x, y = get_batch(data, blocks, config.block_size, bos, device)
         targets = (y >= 0).sum()
-        total += torch.stack((loss * targets, targets)).cpu()
+        with autocast:
+            total += torch.stack((model(x, y) * targets, targets)).cpu()
     if world > 1:
         dist.all_reduce(total)
     return (total[0] / total[1]).item()
@@ -554,16 +532,8 @@ def save_checkpoint(path, state):
         os.close(folder)
 
 
-# What reading a file can raise that is damaged or holds something else.
-UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, TypeError, KeyError, AttributeError,
-              zipfile.BadZipFile, pickle.UnpicklingError)  # fmt: skip
-
-
 def load_checkpoint(path):
-    """The model of a checkpoint, in float32 on the CPU, and all that lies there as a dictionary.
-
-    Raises UserError if the file is missing, damaged or something else.
-    """
+    """The model in float32 on the CPU, and all that the checkpoint holds. Raises UserError."""
     try:
         if zipfile.ZipFile(path).testzip() is not None:  # torch.load compares no checksums
             raise ValueError("it is damaged")
@@ -571,7 +541,9 @@ def load_checkpoint(path):
         with torch.device("meta"):
             model = Gemma(GemmaConfig(**state["model_config"]))
         model.load_state_dict(state["model"], assign=True)
-    except UNREADABLE as error:
+    # Files that are damaged or something else raise many things.
+    except (OSError, EOFError, RuntimeError, ValueError, TypeError, KeyError, AttributeError,
+            zipfile.BadZipFile, pickle.UnpicklingError) as error:  # fmt: skip
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path} cannot be loaded as a checkpoint: {reason}") from error
     return model.float(), state
@@ -593,14 +565,11 @@ def say(line):
 
 @functools.cache
 def pick_device(name="auto"):
-    """The torch.device to compute on; under torchrun each process has a GPU of its own.
-
-    Raises UserError if the device is not there or cannot compute.
-    """
+    """The torch.device, under torchrun each process's own GPU. UserError if it cannot compute."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cpu" and shutil.which("nvidia-smi"):
-            say("device  there is nvidia-smi, but torch cannot use a GPU: check driver and torch")
+            say("device  nvidia-smi is there, but torch cannot use a GPU: check driver and torch")
     try:
         device = torch.device(name)
         if name == "cuda":
@@ -634,10 +603,7 @@ def make_optimizer(model, config):
     return torch.optim.AdamW(groups, betas=betas, weight_decay=config.weight_decay, fused=True)
 
 
-STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
-if hasattr(signal, "SIGHUP"):  # Windows has none
-    STOP_SIGNALS.append(signal.SIGHUP)
-stop_times = []  # when such signals came; empty while the run goes on
+stop_times = []  # when signals came that end the run; empty while it goes on
 
 
 def request_stop(number, frame):
@@ -657,23 +623,45 @@ def any_process_stops(world):
     return stops.item() > 0
 
 
+@contextlib.contextmanager
+def processes_and_signals(world, device):
+    """Joins the processes and lets signals request a stop; puts both back whatever happens."""
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    stop_times.clear()
+    previous = {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, signal.SIGINT)  # Windows has no SIGHUP
+        previous.setdefault(number, signal.getsignal(number))
+        if previous[number] != signal.SIG_IGN:  # nohup has SIGHUP ignored, and it stays so
+            signal.signal(number, request_stop)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        if world > 1:
+            dist.destroy_process_group()
+
+
 def log(rows, **row):
     """Adds a row to the log and prints it."""
     rows.append(row)
     say(" | ".join(f"{name} {value:,.5g}" for name, value in row.items()))
 
 
-def save_run(path, checkpoint, needed):
-    """Writes the checkpoint and the log, a table beside it. Raises UserError if it is needed."""
+def save_run(path, state, needed):
+    """Writes the checkpoint and its log as a table. Raises UserError if they are needed."""
     try:
-        save_checkpoint(path, checkpoint)
-        rows = checkpoint["rows"]
+        save_checkpoint(path, state)
         with open(Path(path).with_suffix(".csv"), "w", newline="") as file:
-            writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
+            writer = csv.DictWriter(
+                file, dict.fromkeys(name for row in state["rows"] for name in row)
+            )
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(state["rows"])
     except (OSError, RuntimeError) as error:
-        # torch.save raises RuntimeError for a full disk and hides the system's reason behind it.
+        # For a full disk torch.save raises RuntimeError and hides the reason behind it.
         reason = f"{path} or its log cannot be written: {error.__context__ or error}"
         if needed:
             raise UserError(reason) from error
@@ -690,59 +678,29 @@ def forward_backward(model, autocast, scaler, accum, loss_sum, x, y):
 
 
 def train(config, model, data, state=None):
-    """Trains model on data, as load_data gives them, and saves to config.out; state: to resume.
-
-    Raises UserError if the run cannot go on or its result cannot be written.
-    """
-    device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if config.grad_accum % world != 0:
-        raise UserError(f"{world} processes cannot share grad_accum {config.grad_accum}")
-    if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    """Trains model on what load_data gave; state: a checkpoint's, to resume. Raises UserError."""
     train_data, val_data, meta = data
-    steps = config.max_iters // config.grad_accum
-    step_tokens = config.grad_accum * config.batch_size * config.block_size
-    epochs = steps * step_tokens / len(train_data)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    say(f"data    {meta['source']}: {len(train_data):,} + {len(val_data):,} tokens")
-    say(f"model   {model.num_parameters():,} parameters, {model.config.vocab_size:,} words")
-    say(f"device  {world} x {name}, {dtype}")
-    say(f"run     {steps:,} steps of {step_tokens:,} tokens, {epochs:.2f} epochs, to {config.out}")
-    if state is not None and state["step"] >= steps:
-        say(f"nothing is left to do: max_iters is {config.max_iters:,}")
-        return
-    config.dtype = str(dtype).removeprefix("torch.")  # kept, so that a resumed run has the same
-    stop_times.clear()
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    for number, handler in handlers.items():
-        if handler != signal.SIG_IGN:  # nohup has SIGHUP ignored, and it stays so
-            signal.signal(number, request_stop)
-    try:
-        run_steps(config, model, data, state, device, dtype, world)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if world > 1:
-            dist.destroy_process_group()
-
-
-def run_steps(config, model, data, state, device, dtype, world):
-    """The training loop: validate, save, micro-batches, update, log."""
-    train_data, val_data, meta = data
-    bos = meta["bos_token"]
     rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(config.device)
     accum = config.grad_accum
     steps = config.max_iters // accum
+    step_tokens = accum * config.batch_size * config.block_size
+    bos = meta["bos_token"]
     n_blocks = count_blocks(len(train_data), config.block_size, bos)
 
     # Weights, optimizer, norms and loss are in float32, matrix products in dtype.
+    dtype = pick_dtype(config.dtype, device)
+    config.dtype = str(dtype).removeprefix("torch.")  # a resumed run will have the same
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     model.to(device)
     model.checkpoint_activations = config.checkpoint_activations
     optimizer = make_optimizer(model, config)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    say(f"data    {meta['source']}, {len(train_data):,} + {len(val_data):,} tokens")
+    say(f"model   {model.num_parameters():,} parameters, {world} x {name}, {config.dtype}")
+    say(f"run     {steps:,} steps of {step_tokens:,} tokens, to {config.out}")
 
     step = 0  # updates made
     rows = []  # of the log
@@ -772,22 +730,23 @@ def run_steps(config, model, data, state, device, dtype, world):
     while True:
         # validate at the start, at the end and after each multiple of eval_interval
         iteration = step * accum
-        validated = rows and rows[-1]["step"] == step and "val_loss" in rows[-1]
         validating = step == steps or iteration % config.eval_interval < accum
-        if validating and not validated:
+        if validating and not (rows and rows[-1]["step"] == step and "val_loss" in rows[-1]):
             with torch.compiler.set_stance("force_eager"):  # another compilation is not worth it
-                val_loss = evaluate(model, val_data, config, bos, autocast, rank, world)
+                val_loss = evaluate(model, val_data, config, bos, device, autocast, rank, world)
+            if not math.isfinite(val_loss):
+                raise UserError(f"val loss {val_loss} at step {step}; {config.out} stays as it is")
             log(rows, iteration=iteration, step=step, val_loss=val_loss)
 
         # save, and end if that is asked for
         stopping = any_process_stops(world)
         if rank == 0 and (validating or stopping):
-            checkpoint = {
+            state = {
                 "model_config": asdict(model.config), "train_config": asdict(config), "data": meta,
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(), "step": step, "rows": rows, "skipped": skipped,
             }  # fmt: skip
-            save_run(config.out, checkpoint, needed=stopping or step in (0, steps))
+            save_run(config.out, state, needed=stopping or step in (0, steps))
         if stopping:
             say(f"stopped at iteration {iteration:,}; {config.out} is up to date, --resume goes on")
         if stopping or step == steps:
@@ -814,23 +773,20 @@ def run_steps(config, model, data, state, device, dtype, world):
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(weights, config.grad_clip or math.inf).item()
         loss = loss_sum.item()
-        if math.isfinite(norm) or scaler.is_enabled():  # a scaler skips bad updates by itself
+        finite = math.isfinite(norm)
+        if finite or scaler.is_enabled():  # a scaler skips bad updates by itself
             scaler.step(optimizer)
             scaler.update()
         torch._foreach_zero_(sums)
         step += 1
-        if math.isfinite(norm):
-            faults = 0
-        else:
-            faults += 1
-            skipped += 1
+        skipped += not finite
+        faults = 0 if finite else faults + 1
         if faults == (25 if scaler.is_enabled() else 3):
             raise UserError(f"no finite gradient in {faults} steps up to {step}, lr {lr:.1e}")
 
         # log
         if step == steps or step * accum % config.log_interval < accum:
-            tokens = accum * config.batch_size * config.block_size
-            speed = round(tokens / (time.perf_counter() - started))
+            speed = round(step_tokens / (time.perf_counter() - started))
             values = {"train_loss": loss, "lr": lr, "grad_norm": norm, "skipped": skipped}
             log(rows, iteration=step * accum, step=step, **values, tokens_per_second=speed)
 
@@ -845,8 +801,8 @@ def parse_flags(argv):
         # The comment behind a field is the help text of its flag.
         comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.M))
         for field in fields(config):
-            kind = {"type": field.type}
-            if field.type not in (int, float, str):
+            kind = {"type": field.type, "choices": CHOICES.get(field.name)}
+            if field.type in (bool, bool | None):
                 kind = {"action": argparse.BooleanOptionalAction}
             help = f"{comments[field.name]} (default: {field.default})"
             parser.add_argument(f"--{field.name}", help=help, **kind)
@@ -864,58 +820,57 @@ def main(argv=None):
     """The command line. Raises UserError for what cannot be done."""
     given = parse_flags(argv)
     out = Path(given.get("out", TrainConfig.out))
-    if out.is_dir() or not out.parent.is_dir():
-        raise UserError(f"out: {out} is a folder, or lies in a folder that is not there")
+    if not out.parent.is_dir():
+        raise UserError(f"out: there is no folder {out.parent}")
+    device = pick_device(given.get("device", "auto"))
+    folder = given.get("data_dir", TrainConfig.data_dir)
+    init = Path(folder, "init.pt")
+    preset = given.get("preset", "auto")
+    if preset == "auto":
+        preset = "270m" if device.type == "cuda" else "tiny"
+        preset = "finetune" if init.exists() else preset
+    values = {**PRESETS[preset], **given, "preset": preset}
     state = None
 
+    # 1) go on with the run in --out
     if given.get("resume") and out.exists():
-        # 1) go on with the run in --out
         model, state = load_checkpoint(out)
         values = {**state.get("train_config", {}), **given}
-        config = make(TrainConfig, values)
-        data = load_data(config.data_dir)
-        meta = data[2]
+        data = load_data(values.get("data_dir", folder))
         before = state.get("data", {})
-        must_agree = ["tokenizer_files"] if "data_dir" in given else list(meta)
-        if any(before.get(name) != meta[name] for name in must_agree):
-            raise UserError(
-                f"resume: {out} is of other data or another vocabulary than {config.data_dir}"
-            )
-        say(f"resume  {out}, at iteration {state['step'] * config.grad_accum:,}")
+        must_agree = ["tokenizer_files"] if "data_dir" in given else list(data[2])
+        if any(before.get(name) != data[2][name] for name in must_agree):
+            raise UserError(f"resume: {out} has other data or another vocabulary; see --data_dir")
+        say(f"resume  {out} after {state['step']:,} steps")
     elif out.exists() and not given.get("overwrite"):
         raise UserError(f"{out} exists: --resume goes on with it, --overwrite starts anew")
-    else:
-        folder = given.get("data_dir", TrainConfig.data_dir)
-        data = load_data(folder)
-        meta = data[2]
-        init = Path(folder, "init.pt")
-        preset = given.get("preset", "auto")
-        if preset == "auto":
-            preset = "270m" if pick_device(given.get("device", "auto")).type == "cuda" else "tiny"
-            preset = "finetune" if init.exists() else preset
-        if preset not in PRESETS:
-            raise UserError(f"preset must be auto or one of {', '.join(PRESETS)}, not {preset}")
-        values = {"vocab_size": meta["vocab_size"], **PRESETS[preset], **given, "preset": preset}
-        config = make(TrainConfig, values)
-        torch.manual_seed(config.seed)
-        if preset == "finetune":
-            # 2) start from the weights that prepare.py --model has put beside the data
-            model, _ = load_checkpoint(init)
-            say(f"start   from {init}, preset finetune: {PRESETS[preset]}")
-        else:
-            # 3) start from scratch
-            model = Gemma(make(GemmaConfig, values))
-            say(f"start   from scratch, preset {preset}: {PRESETS[preset]}")
 
+    # 2) start from the weights that prepare.py --model has put beside the data
+    elif preset == "finetune":
+        data = load_data(folder)
+        model, _ = load_checkpoint(init)
+        say(f"start   from {init}, preset {preset} {PRESETS[preset]}")
+
+    # 3) start from scratch
+    else:
+        data = load_data(folder)
+        torch.manual_seed(values.get("seed", TrainConfig.seed))
+        model = Gemma(make(GemmaConfig, {"vocab_size": data[2]["vocab_size"], **values}))
+        say(f"start   from scratch, preset {preset} {PRESETS[preset]}")
+
+    config = make(TrainConfig, values)
     if make(GemmaConfig, {**asdict(model.config), **given}) != model.config:
         raise UserError("the model has another shape than the flags say")
-    if meta["vocab_size"] > model.config.vocab_size:
-        raise UserError(
-            f"vocab_size {model.config.vocab_size} is less than {meta['vocab_size']} of the data"
-        )
-    if config.block_size > model.config.context_length:
-        raise UserError(f"block_size {config.block_size} exceeds the context of the model")
-    train(config, model, data, state)
+    if data[2]["vocab_size"] > model.config.vocab_size:
+        raise UserError(f"vocab_size {model.config.vocab_size} is less than that of the data")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if config.grad_accum % world != 0:
+        raise UserError(f"{world} processes cannot share grad_accum {config.grad_accum}")
+    if state is not None and state["step"] >= config.max_iters // config.grad_accum:
+        say(f"nothing is left to do: max_iters is {config.max_iters:,}")
+        return
+    with processes_and_signals(world, device):
+        train(config, model, data, state)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import argparse
 import errno
 import glob
 import gzip
-import hashlib
 import io
 import json
 import lzma
@@ -33,7 +32,7 @@ from collections import Counter
 from configparser import ConfigParser
 from dataclasses import asdict
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 # Set before the packages are imported. A download over plain HTTP ends at once with Ctrl-C.
@@ -54,11 +53,11 @@ ALL_STORIES = 2_119_719  # in its training split
 SMALL_STORIES = 10_000  # as many as the preset for a CPU can use in its few minutes
 SMALL_VOCABULARY = "2048"  # with GPT-2's words the head would be most of a small model's work
 BUILT_IN = "made-up stories of a small built-in grammar"
-GRAMMAR = Path(__file__).resolve().parent / "assets" / "stories.txt"
+HERE = Path(__file__).resolve().parent
 HELD_OUT = 100  # one document in so many is for validation
-PART = 2**13  # characters that are encoded as one string
-BATCH = 256  # strings that are encoded in one call, on all cores
-LEARN_FROM = 10_000  # strings from which a vocabulary is learned
+BATCH = 256  # parts of documents that are encoded in one call, on all cores
+CHUNK = 2**18  # characters of a .txt that are read at once
+LEARN_FROM = 10_000  # parts of documents from which a vocabulary is learned
 WAITS = (1, 4, 16, 0)  # seconds between tries where the hub's client does not try again itself
 GPT2 = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
@@ -86,14 +85,16 @@ class Tokenizer:
             raise ValueError(f"tokenizer.json is missing or damaged: {error!r}") from error
         self.backend.no_truncation()
         self.backend.no_padding()
-        bos, eos = (self.token_id(given.get(name)) for name in ("bos_token", "eos_token"))
+        tokens = (given.get("bos_token"), given.get("eos_token"))
+        tokens = (token["content"] if isinstance(token, dict) else token or "" for token in tokens)
+        bos, eos = map(self.backend.token_to_id, tokens)
         if eos is None:
             raise ValueError("tokenizer_config.json names no eos_token, which ends a document")
         adds_bos = given.get("add_bos_token") or self.backend.encode("").ids[:1] == [bos]
         self.bos_token = bos if adds_bos else None
         ends = [eos]
-        for tokens in (model.get("eos_token_id"), generation.get("eos_token_id")):
-            ends += tokens if isinstance(tokens, list) else [tokens]
+        for others in (model.get("eos_token_id"), generation.get("eos_token_id")):
+            ends += others if isinstance(others, list) else [others]
         self.end_tokens = [token for token in dict.fromkeys(ends) if token is not None]
         generation |= {"bos_token_id": bos, "eos_token_id": self.end_tokens}
         self.files = {**files, "generation_config.json": json.dumps(generation, indent=2) + "\n"}
@@ -104,11 +105,6 @@ class Tokenizer:
         special = {token for token, kind in added if kind.special}
         ordinary = set(self.backend.get_vocab().values()) - special
         self.vocab_size = 1 + max(*ordinary, *self.end_tokens, self.bos_token or 0)
-
-    def token_id(self, token):
-        return self.backend.token_to_id(
-            token["content"] if isinstance(token, dict) else token or ""
-        )
 
     def encode(self, text):
         # A prompt may hold half a surrogate pair, which stands for a broken byte.
@@ -138,44 +134,38 @@ def byte_level(model, trainer=None, texts=()):
 
 def learn_tokenizer(texts, size):
     """A vocabulary of `size` words, or as many as there are, learned from an iterator of texts."""
-    options = {
-        "special_tokens": [END_OF_TEXT],
-        "initial_alphabet": tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    }
     if size < 257:
         raise ValueError(f"a vocabulary of {size} is too small: 257 are the bytes and the end")
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, show_progress=False, **options)
+    options = {"special_tokens": [END_OF_TEXT], "show_progress": False}
+    options["initial_alphabet"] = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, **options)
     return byte_level(tokenizers.models.BPE(), trainer, texts)
-
-
-def load_gpt2():
-    """GPT-2's vocabulary, which tiktoken downloads once."""
-    import tiktoken
-
-    urls = (GPT2 + "encoder.json", GPT2 + "vocab.bpe")
-    try:
-        tiktoken.get_encoding("gpt2")  # checks both files
-        words, merges = (tiktoken.load.read_file_cached(url).decode() for url in urls)
-    except (OSError, ValueError) as error:
-        names = " and ".join(hashlib.sha1(url.encode()).hexdigest() for url in urls)
-        raise ValueError(
-            f"cannot load GPT-2's vocabulary ({one_line(error)}): set TIKTOKEN_CACHE_DIR to a folder "
-            f"with {names} of another machine's cache, or use --tokenizer 8192"
-        ) from error
-    pairs = [tuple(line.split()) for line in merges.splitlines()[1:]]
-    return byte_level(tokenizers.models.BPE(json.loads(words), pairs))
 
 
 def load_tokenizer(name):
     """The Tokenizer "gpt2", or that of a folder of transformers or of a model on the hub."""
-    if name == "gpt2":
-        return load_gpt2()
-    wanted = re.compile(r"(.*token.*|(generation_)?config|chat_template.*)\.(json|jinja)")
-    paths = [path for path in model_folder(name).iterdir() if wanted.fullmatch(path.name)]
+    if name != "gpt2":
+        wanted = re.compile(r"(.*token.*|(generation_)?config|chat_template.*)\.(json|jinja)")
+        paths = [path for path in model_folder(name).iterdir() if wanted.fullmatch(path.name)]
+        try:
+            return Tokenizer({path.name: path.read_text("utf-8") for path in paths})
+        except (ValueError, OSError) as error:
+            raise ValueError(f"the tokenizer of {name}: {one_line(error)}") from error
+    import tiktoken
+
     try:
-        return Tokenizer({path.name: path.read_text("utf-8") for path in paths})
-    except (ValueError, OSError) as error:
-        raise ValueError(f"the tokenizer of {name}: {one_line(error)}") from error
+        tiktoken.get_encoding("gpt2")  # downloads two files and checks them
+        files = [
+            tiktoken.load.read_file_cached(GPT2 + file) for file in ("encoder.json", "vocab.bpe")
+        ]
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"cannot load GPT-2's vocabulary ({one_line(error)}): set TIKTOKEN_CACHE_DIR to a folder "
+            "with 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6 and 6d1cbeee0f20b3d9449abfede4726ed8212e3aee "
+            "of another machine's cache, or use --tokenizer 8192"
+        ) from error
+    merges = [tuple(line.split()) for line in files[1].decode().splitlines()[1:]]
+    return byte_level(tokenizers.models.BPE(json.loads(files[0]), merges))
 
 
 # ---- models of transformers ----------------------------------------------------------------------
@@ -202,8 +192,8 @@ def model_folder(name, kinds="json|jinja"):
         return Path(name)
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) or os.path.isdir(os.path.dirname(name)):
         raise ValueError(f"there is no folder {name}")
-    files = hub_files(name, "model", rf"[^/]+\.({kinds})")
-    return [Path(download()) for download in files.values()][0].parent
+    paths = [download() for download in hub_files(name, "model", rf"[^/]+\.({kinds})").values()]
+    return Path(paths[0]).parent
 
 
 def read_config(given):
@@ -211,36 +201,34 @@ def read_config(given):
     from gemma270m import GemmaConfig
 
     ropes = given.get("rope_parameters") or {}
-    full = ropes.get("full_attention", ropes)
-    local = ropes.get("sliding_attention", {})
+    full, local = (ropes.get(f"{kind}_attention", ropes) for kind in ("full", "sliding"))
     for entries in (given, full, local, given.get("rope_scaling") or {}):
         for name, value in IMPLEMENTED.items():
             if entries.get(name) not in (value, None):
                 raise ValueError(f"{name} {entries[name]} is not implemented")
-    types = given.get("layer_types")
-    given = {
-        "tie_word_embeddings": True,
-        "rope_theta": full.get("rope_theta", 1e6),
-        "rope_local_base_freq": local.get("rope_theta", 1e4),
-        "sliding_window_pattern": given.get("_sliding_window_pattern", 6),
-        **given,
-    }
-    if types:
-        every = [*types, "full_attention"].index("full_attention") + 1
-        given["sliding_window_pattern"] = every
+    types = given.get("layer_types") or []
+    every = [*types, "full_attention"].index("full_attention") + 1
+    every = every if types else given.get("_sliding_window_pattern", 6)
+    defaults = {"tie_word_embeddings": True, "sliding_window_pattern": every}
+    defaults |= {"rope_theta": full.get("rope_theta", 1e6), "rope_local_base_freq": 1e4}
+    if local is not ropes:
+        defaults["rope_local_base_freq"] = local["rope_theta"]
+    given = defaults | given
     missing = FIELDS.keys() - given.keys()
     if missing:
         raise ValueError(f"config.json has no {min(missing)}")
     config = GemmaConfig(**{ours: given[theirs] for theirs, ours in FIELDS.items()})
-    if types not in (None, config.layer_types):
+    if types and types != config.layer_types:
         raise ValueError(f"layer_types {types} is not implemented")
     return config
 
 
-def read_weights(folder):
+def read_weights(folder, config):
     """The weights in a folder under our names, in their own dtype. Raises ValueError."""
-    from safetensors import SafetensorError
+    import torch
     from safetensors.torch import load_file
+
+    from gemma270m import Gemma
 
     names = ["model.safetensors"]
     index = folder / "model.safetensors.index.json"
@@ -249,41 +237,40 @@ def read_weights(folder):
     weights = {}
     for name in names:
         if not (folder / name).exists():
-            raise ValueError(f"there is no {name}; pytorch_model.bin is not read")
-        try:
-            weights |= load_file(folder / name)
-        except SafetensorError as error:
-            text = f"{name} is damaged, not whole, or a pointer of git-lfs, to be pulled ({error})"
-            raise ValueError(text) from error
-    return {name.removeprefix("model."): weight for name, weight in weights.items()}
+            raise ValueError(f"there is no {name}, and pytorch_model.bin is not read")
+        weights |= load_file(folder / name)
+    weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
+    for name, weight in weights.items():
+        if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"{name} is {weight.dtype}, which is not implemented")
+        if not weight.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+    if config.tie_embeddings and "lm_head.weight" in weights:
+        if not torch.equal(weights.pop("lm_head.weight"), weights["embed_tokens.weight"]):
+            raise ValueError("lm_head.weight is not the embedding, to which it is tied")
+    with torch.device("meta"):
+        Gemma(config).load_state_dict(weights, assign=True)
+    return weights
 
 
 def read_model(name):
     """A folder of transformers, or a model on the hub -> (GemmaConfig, weights, Tokenizer)."""
-    import torch
-
-    from gemma270m import Gemma
+    from safetensors import SafetensorError
 
     folder = model_folder(name, "json|jinja|safetensors")
     tokenizer = load_tokenizer(str(folder))
     try:
         config = read_config(json.loads((folder / "config.json").read_text("utf-8")))
-        weights = read_weights(folder)
-        for key, weight in weights.items():
-            if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-                raise ValueError(f"{key} is {weight.dtype}, which is not implemented")
-            if not weight.isfinite().all():
-                raise ValueError(f"{key} is not finite")
-        if config.tie_embeddings and "lm_head.weight" in weights:
-            head = weights.pop("lm_head.weight")
-            if not torch.equal(head, weights["embed_tokens.weight"]):
-                raise ValueError("lm_head.weight is not the embedding, to which it is tied")
-        with torch.device("meta"):
-            Gemma(config).load_state_dict(weights, assign=True)
-        if tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(f"{tokenizer.vocab_size} words exceed vocab_size {config.vocab_size}")
+        weights = read_weights(folder, config)
+    except SafetensorError as error:
+        reason = "the weights are damaged, not whole, or pointers of git-lfs (git lfs pull)"
+        raise ValueError(f"{name} cannot be loaded: {reason}: {error}") from error
     except (ValueError, OSError, RuntimeError) as error:
         raise ValueError(f"{name} cannot be loaded: {one_line(error)}") from error
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{name}: {tokenizer.vocab_size} words exceed vocab_size {config.vocab_size}"
+        )
     return config, weights, tokenizer
 
 
@@ -330,7 +317,7 @@ def ask_hub(function, repo, **options):
 
 
 def hub_files(repo, kind, pattern):
-    """Files of a repository, or of its cache where the hub gives no list: {name: function}.
+    """{name: function} of a repository's files, those in the cache where the hub gives no list.
 
     The function downloads the file if need be and returns its path.
     """
@@ -356,31 +343,32 @@ def hub_files(repo, kind, pattern):
 
 # A new word begins where white space follows something else, so parts that are cut there have the
 # tokens of the whole. Only space and newline are white space to everybody.
-BOUNDARY = re.compile(r".*\S(?=[ \n])", re.DOTALL)
+PARTS = re.compile(r".{1,8192}(?:\Z|(?<=\S)(?=[ \n]))|.{1,8192}", re.DOTALL)
 
 
-def cut(text):
-    """`text` in parts of about PART characters; after a cut the last one is longer than a marker."""
-    parts = []
-    start = 0
-    while len(text) - start > PART + len(END_OF_TEXT):
-        boundary = BOUNDARY.match(text, start, start + PART)
-        end = boundary.end() if boundary else start + PART
-        parts.append(text[start:end])
-        start = end
-    return [*parts, text[start:]]
+def split(documents):
+    """The parts of all documents that are not white space only, as pairs (part, ends)."""
+    begins = True
+    for text, ends in documents:
+        if not (begins and ends) or text.strip():
+            parts = PARTS.findall(text) or [""]
+            yield from ((part, False) for part in parts[:-1])
+            yield parts[-1], ends
+            begins = ends
 
 
 def read_txt(file):
     """Documents between end-of-text markers."""
     text = ""
     file = io.TextIOWrapper(file, "utf-8-sig", newline="")
-    while chunk := file.read(2**18):
+    while chunk := file.read(CHUNK):
         *documents, text = (text + chunk).replace("\r\n", "\n").split(END_OF_TEXT)
         for document in documents:
             yield document, True
-        *parts, text = cut(text)  # the last one may end with half a marker
-        yield "".join(parts), False
+        parts = PARTS.findall(text)
+        if len(parts) > 2:  # the last ones may end with half a marker
+            yield "".join(parts[:-2]), False
+            text = "".join(parts[-2:])
     yield text, True
 
 
@@ -395,9 +383,9 @@ def read_rows(path, file):
             yield row.get("text") if isinstance(row, dict) else None
 
 
-def read_files(skipped, patterns):
-    """The documents of all files; counts rows without text in `skipped`, or refuses if it is None."""
-    for path in chain.from_iterable(sorted(glob.glob(p, recursive=True)) or [p] for p in patterns):
+def read_files(patterns, skipped=None):
+    """The documents of all files; counts rows without text in `skipped`, or refuses them if None."""
+    for path in [path for p in patterns for path in sorted(glob.glob(p, recursive=True)) or [p]]:
         opener = {".gz": gzip.open, ".xz": lzma.open}.get(Path(path).suffix, open)
         try:
             with opener(path, "rb") as file:
@@ -420,7 +408,7 @@ def read_files(skipped, patterns):
 def read_shards(files):
     """The documents of TinyStories' shards, each downloaded when its turn comes."""
     for download in files.values():
-        yield from read_files(None, [download()])
+        yield from read_files([download()])
     if f"-of-{len(files):05}" not in min(files):  # the first ones are enough for as many stories
         raise ValueError(f"only {len(files)} shards of {TINYSTORIES} are in the cache: go online")
 
@@ -428,7 +416,7 @@ def read_shards(files):
 def make_stories(seed=0):
     """Different stories of 60 to 250 words without end, the same ones for the same seed."""
     grammar = ConfigParser(interpolation=None)
-    grammar.read_string(GRAMMAR.read_text("utf-8"))
+    grammar.read_string((HERE / "assets" / "stories.txt").read_text("utf-8"))
     rng = random.Random(seed)
     seen = set()
     while True:
@@ -454,19 +442,6 @@ def make_stories(seed=0):
 # ---- writing -------------------------------------------------------------------------------------
 
 
-def split(documents):
-    """The parts of all documents that are not white space only, as pairs (part, ends)."""
-    begins = True
-    for text, ends in documents:
-        if begins and not text.strip():
-            continue
-        *parts, last = cut(text)
-        for part in parts:
-            yield part, False
-        yield last, ends
-        begins = ends
-
-
 def encode(documents, tokenizer):
     """The tokens of all documents, with those at their begin and end, as pairs (ids, ends)."""
     parts = split(documents)
@@ -480,36 +455,37 @@ def encode(documents, tokenizer):
             begins = ends
 
 
-def write_tokens(folder, dtype, tokenizer, texts, limits):
-    """Writes {split: documents} to train.bin and val.bin -> counts of documents and tokens.
+def write_tokens(folder, dtype, tokenizer, train, val, limit, total):
+    """Writes train.bin and val.bin -> how many documents and tokens they hold.
 
-    Without "val" it gets one document of HELD_OUT; of fewer documents the last HELD_OUT-th part.
+    Without `val` one training document of HELD_OUT is for validation, or of fewer documents the
+    last HELD_OUT-th part.
     """
-    counts = Counter(train_tokens=0, val_tokens=0, train_documents=0, val_documents=0)
+    counts = dict.fromkeys(("train_documents", "val_documents", "train_tokens", "val_tokens"), 0)
     paths = {name: folder / f"{name}.bin" for name in ("train", "val")}
-    with open(paths["train"], "wb") as train, open(paths["val"], "wb") as val:
-        files = {"train": train, "val": val}
-        for name, documents in texts.items():
-            encoded = encode(documents, tokenizer)
-            with tqdm(total=limits[name], unit=" documents", disable=None) as bar:
-                for ids, ends in encoded:
-                    number = counts["train_documents"] + counts["val_documents"] + 1
-                    place = "val" if "val" not in texts and number % HELD_OUT == 0 else name
-                    files[place].write(np.array(ids, dtype))
-                    counts[f"{place}_tokens"] += len(ids)
-                    counts[f"{place}_documents"] += ends
-                    bar.update(ends)
-                    if counts[f"{name}_documents"] == limits[name]:
-                        break
+    with open(paths["train"], "wb") as train_file, open(paths["val"], "wb") as val_file:
+        for name, documents in (("val", val or ()), ("train", train)):
+            bar = tqdm(total=total, unit=" documents", disable=None if name == "train" else True)
+            for ids, ends in encode(documents, tokenizer):
+                number = counts["train_documents"] + counts["val_documents"] + 1
+                held = name == "val" or not val and number % HELD_OUT == 0
+                (val_file if held else train_file).write(np.array(ids, dtype))
+                place = "val" if held else "train"
+                counts[f"{place}_documents"] += ends
+                counts[f"{place}_tokens"] += len(ids)
+                bar.update(ends)
+                if limit and counts["train_documents"] == limit:
+                    break
+            bar.close()
     if not counts["val_tokens"]:
         share = max(2, counts["train_tokens"] // HELD_OUT)
-        size = paths["train"].stat().st_size - share * np.dtype(dtype).itemsize
-        counts.update(train_tokens=-share, val_tokens=share, val_documents=1)
-        if counts["train_tokens"] > 1:
-            np.fromfile(paths["train"], dtype, offset=size).tofile(paths["val"])
-            os.truncate(paths["train"], size)
+        counts["train_tokens"] -= share
+        counts |= {"val_documents": 1, "val_tokens": share}
+        size = max(0, counts["train_tokens"]) * np.dtype(dtype).itemsize
+        np.fromfile(paths["train"], dtype, offset=size).tofile(paths["val"])
+        os.truncate(paths["train"], size)
     if min(counts["train_tokens"], counts["val_tokens"]) < 2:
-        raise ValueError("there is too little text")
+        raise ValueError("there is too little text to train on and to validate with")
     return counts
 
 
@@ -519,19 +495,14 @@ def write_tokens(folder, dtype, tokenizer, texts, limits):
 def has_gpu():
     """Whether training takes a GPU; asked in a process of its own, since torch needs 200 MB."""
     code = "import gemma270m, sys; sys.exit(gemma270m.pick_device('auto').type != 'cuda')"
-    return subprocess.run([sys.executable, "-c", code], cwd=GRAMMAR.parents[1]).returncode == 0
+    return subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0
 
 
-def choose_text(args, gpu, skipped):
-    """-> where the text is from, {split: function that gives its documents}, {split: limit}"""
+def choose_text(args, skipped):
+    """-> where text is from, functions that give documents to train on and, or None, to validate with"""
     if args.input:
-        patterns = {"train": args.input, "val": args.val_input}
-        texts = {
-            name: partial(read_files, skipped, some) for name, some in patterns.items() if some
-        }
-        return " ".join(args.input), texts, {"train": args.limit, "val": None}
-    limit = args.limit or (None if gpu else SMALL_STORIES)
-    limits = {"train": limit or ALL_STORIES, "val": max(200, limit // HELD_OUT) if limit else None}
+        val = partial(read_files, args.val_input, skipped) if args.val_input else None
+        return " ".join(args.input), partial(read_files, args.input, skipped), val
     try:
         files = hub_files(TINYSTORIES, "dataset", r"data/(train|validation)-.*\.parquet")
     except ConnectionError as error:
@@ -539,15 +510,13 @@ def choose_text(args, gpu, skipped):
         if meta.exists() and BUILT_IN not in meta.read_text("utf-8"):
             raise ValueError(f"{error}; {args.out_dir} keeps the data that it holds") from error
         print(f"No TinyStories but {BUILT_IN}: {error}", flush=True)
-        texts = {"train": make_stories, "val": partial(make_stories, 1)}
-        return BUILT_IN, texts, {"train": limit or SMALL_STORIES, "val": 200}
-    shards = {"train": {}, "val": {}}
-    for name, download in files.items():
-        shards["train" if "train-" in name else "val"][name] = download
-    return TINYSTORIES, {name: partial(read_shards, some) for name, some in shards.items()}, limits
+        return BUILT_IN, make_stories, partial(make_stories, 1)
+    train = {name: files[name] for name in files if name.startswith("data/train")}
+    val = {name: files[name] for name in files if name not in train}
+    return TINYSTORIES, partial(read_shards, train), partial(read_shards, val)
 
 
-def replace(out, new):
+def replace_data(out, new):
     """Moves the files of `new` to `out`, meta.json last: without it the folder looks unfinished."""
     for name in ("meta.json", "init.pt"):
         (out / name).unlink(missing_ok=True)
@@ -561,14 +530,16 @@ def prepare(args):
     decided = (args.tokenizer or args.model) and (args.input or args.limit)
     gpu = not decided and has_gpu()
     skipped = Counter() if args.skip_bad else None
-    source, texts, limits = choose_text(args, gpu, skipped)
-    default = "gpt2" if gpu and source != BUILT_IN else SMALL_VOCABULARY
-    name = args.model or args.tokenizer or default
+    source, train, val = choose_text(args, skipped)
+    small = not gpu or source == BUILT_IN
+    limit = args.limit or (SMALL_STORIES if small and not args.input else None)
+    name = args.model or args.tokenizer or (SMALL_VOCABULARY if small else "gpt2")
     if not decided:
-        size = f"{limits['train']:,} documents" if limits["train"] else "all documents"
+        amount = f"{limit:,}" if limit else "all"
         print(
-            f"{'A' if gpu else 'No'} GPU here: {size} of {source}, tokenizer {name} (--limit, --tokenizer)"
+            f"{'A' if gpu else 'No'} GPU: {amount} documents of {source}, tokenizer {name}", end=" "
         )
+        print("(--limit and --tokenizer change that)", flush=True)
     out = Path(args.out_dir)
     made = not out.exists()
     new = out / ".new"
@@ -578,45 +549,48 @@ def prepare(args):
         if args.model:
             from gemma270m import save_checkpoint
 
-            config, weights, tokenizer = read_model(args.model)
+            config, weights, tokenizer = read_model(name)
             save_checkpoint(new / "init.pt", {"model_config": asdict(config), "model": weights})
         elif name.isdecimal():
-            parts = islice(split(texts["train"]()), LEARN_FROM)
+            parts = islice(split(train()), LEARN_FROM)
             tokenizer = learn_tokenizer((part for part, _ in parts), int(name))
             name = f"{int(name):,} learned from the text"
-            if skipped:
-                skipped.clear()
         else:
             tokenizer = load_tokenizer(name)
         dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-        documents = {split: text() for split, text in texts.items()}
+        total = limit or (ALL_STORIES if source == TINYSTORIES else None)
+        (skipped or Counter()).clear()  # those of the pass that learned a vocabulary
+        val = val and (islice(val(), 500) if small and not args.input else val())
+        counts = write_tokens(new, dtype, tokenizer, train(), val, limit, total)
+        for file, text in tokenizer.files.items():
+            (new / file).write_text(text, "utf-8")
         meta = {
             "source": source,
             "tokenizer": name,
             "vocab_size": tokenizer.vocab_size,
             "dtype": dtype,
-            "bos_token": tokenizer.bos_token,
-            "end_tokens": tokenizer.end_tokens,
-            "tokenizer_files": sorted(tokenizer.files),
-            **write_tokens(new, dtype, tokenizer, documents, limits),
         }
-        for file, text in tokenizer.files.items():
-            (new / file).write_text(text, "utf-8")
+        meta |= {"bos_token": tokenizer.bos_token, "end_tokens": tokenizer.end_tokens, **counts}
+        meta["tokenizer_files"] = sorted(tokenizer.files)
         (new / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-        replace(out, new)
+        replace_data(out, new)
     finally:
         shutil.rmtree(new, ignore_errors=True)
         if made and not any(out.iterdir()):
             out.rmdir()
 
     for part in ("train", "val"):
-        count = f"{meta[part + '_documents']:,} documents, {meta[part + '_tokens']:,} tokens"
+        count = f"{meta[f'{part}_documents']:,} documents, {meta[f'{part}_tokens']:,} tokens"
         print(f"{out / part}.bin: {count}")
     if skipped:
-        print(f"Skipped {skipped.total():,} rows without text")
-    print(f"Tokenizer: {name}, {meta['vocab_size']:,} tokens. {time.time() - began:.1f} s.")
-    folder = "" if args.out_dir == "data" else f" --data_dir {shlex.quote(args.out_dir)}"
-    print(f"Next: python gemma270m.py{folder}")
+        print(f"Skipped rows without text: {skipped.total():,}")
+    print(
+        f"Tokenizer: {name}; {meta['vocab_size']:,} different tokens; {time.time() - began:.0f} s"
+    )
+    print(
+        "Next: python gemma270m.py"
+        + (f" --data_dir {shlex.quote(str(out))}" if str(out) != "data" else "")
+    )
 
 
 def main(argv=None):

@@ -116,6 +116,8 @@ class TrainConfig:
 
     def __post_init__(self):
         check_numbers(self, "warmup_iters min_lr beta1 beta2 weight_decay grad_clip seed")
+        if max(self.beta1, self.beta2) >= 1:
+            raise UserError("beta1 and beta2 must be below 1")
         if self.max_iters < self.grad_accum:
             raise UserError(f"max_iters {self.max_iters} is less than a step, {self.grad_accum}")
 
@@ -434,8 +436,12 @@ def load_data(folder):
         meta["tokenizer_files"] = {name: Path(folder, name).read_text("utf-8") for name in names}
         train = np.memmap(Path(folder, "train.bin"), meta["dtype"], mode="r")
         val = np.memmap(Path(folder, "val.bin"), meta["dtype"], mode="r")
+        if not {"source", "bos_token", "end_tokens"} <= meta.keys():
+            raise ValueError("meta.json is not whole")
         if (len(train), len(val)) != (meta["train_tokens"], meta["val_tokens"]):
             raise ValueError("a file is cut short")
+        if min(len(train), len(val)) < 2:
+            raise ValueError("a file has no two tokens")
         if max(train.max(), val.max()) >= meta["vocab_size"]:
             raise ValueError("a token is beyond the vocabulary")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -470,9 +476,11 @@ def get_batch(data, blocks, block_size, bos, device):
     rows = np.full((len(blocks), block_size + 1), -1, dtype=np.int64)
     for row, block in zip(rows, blocks):
         piece = data[block * block_size : (block + 1) * block_size + 1]
-        # Each row begins with the start token: without it Gemma predicts badly.
-        if bos is not None and piece[0] != bos:
-            piece = np.insert(piece[:-1], 0, bos)
+        if bos is not None:
+            # Each row begins with one start token: without it Gemma predicts badly.
+            piece = piece[:block_size]
+            if piece[0] != bos:
+                piece = np.insert(piece, 0, bos)
         row[: len(piece)] = piece
     rows = torch.from_numpy(rows)
     if device.type == "cuda":
@@ -541,10 +549,12 @@ def load_checkpoint(path):
         with torch.device("meta"):
             model = Gemma(GemmaConfig(**state["model_config"]))
         model.load_state_dict(state["model"], assign=True)
+        if not all(weight.isfinite().all() for weight in model.parameters()):
+            raise ValueError("weights are not finite")
     # Files that are damaged or something else raise many things.
     except (OSError, EOFError, RuntimeError, ValueError, TypeError, KeyError, AttributeError,
             zipfile.BadZipFile, pickle.UnpicklingError) as error:  # fmt: skip
-        reason = str(error).partition("\n")[0]
+        reason = " ".join(str(error).split())
         raise UserError(f"{path} cannot be loaded as a checkpoint: {reason}") from error
     return model.float(), state
 
@@ -647,14 +657,15 @@ def processes_and_signals(world, device):
 def log(rows, **row):
     """Adds a row to the log and prints it."""
     rows.append(row)
-    say(" | ".join(f"{name} {value:,.5g}" for name, value in row.items()))
+    formats = {int: ",", float: ".5g"}
+    say(" | ".join(f"{name} {value:{formats[type(value)]}}" for name, value in row.items()))
 
 
 def save_run(path, state, needed):
     """Writes the checkpoint and its log as a table. Raises UserError if they are needed."""
     try:
         save_checkpoint(path, state)
-        with open(Path(path).with_suffix(".csv"), "w", newline="") as file:
+        with open(path.removesuffix(".pt") + ".csv", "w", newline="") as file:
             writer = csv.DictWriter(
                 file, dict.fromkeys(name for row in state["rows"] for name in row)
             )
@@ -835,11 +846,12 @@ def main(argv=None):
     # 1) go on with the run in --out
     if given.get("resume") and out.exists():
         model, state = load_checkpoint(out)
-        values = {**state.get("train_config", {}), **given}
+        if not {"data", "optimizer", "scaler", "step", "rows", "skipped"} <= state.keys():
+            raise UserError(f"resume: {out} is not of a run, or of an earlier version")
+        values = {**state["train_config"], **given, "out": str(out)}
         data = load_data(values.get("data_dir", folder))
-        before = state.get("data", {})
         must_agree = ["tokenizer_files"] if "data_dir" in given else list(data[2])
-        if any(before.get(name) != data[2][name] for name in must_agree):
+        if any(state["data"].get(name) != data[2][name] for name in must_agree):
             raise UserError(f"resume: {out} has other data or another vocabulary; see --data_dir")
         say(f"resume  {out} after {state['step']:,} steps")
     elif out.exists() and not given.get("overwrite"):

@@ -88,9 +88,9 @@ def predict(model, cache, tokens):
 
     The first call takes the prompt, each other one a single token.
     """
-    # On a CPU, oneDNN is slow with a single row.
+    # On a CPU, oneDNN is slow with a single row; its other settings stay as they are.
     several_rows = tokens.numel() > 1
-    with torch.backends.mkldnn.flags(enabled=several_rows):
+    with torch.backends.mkldnn.flags(several_rows, None, None, None):
         x = model.features(tokens, cache.length, cache.layers)
         logits = F.linear(x[:, -1], model.head)
     cache.length += tokens.size(1)
@@ -208,16 +208,19 @@ def load(path):
 
     Raises UserError if there is no such model, or if it is damaged.
     """
-    if Path(path).is_file() or path.endswith(".pt"):
-        model, state = load_checkpoint(path)
-        files = state.get("data", {}).get("tokenizer_files")
-        if files is None:
-            raise UserError(f"{path} holds no tokenizer: it is of an earlier version, or no run")
-        tokenizer = Tokenizer(files)
-    else:
-        config, weights, tokenizer = read_model(path)
-        model = Gemma(config)
-        model.load_state_dict(weights)
+    try:
+        if Path(path).is_file() or path.endswith(".pt"):
+            model, state = load_checkpoint(path)
+            files = state.get("data", {}).get("tokenizer_files")
+            if files is None:
+                raise UserError("it holds no tokenizer: it is of an earlier version, or no run")
+            tokenizer = Tokenizer(files)
+        else:
+            config, weights, tokenizer = read_model(path)
+            model = Gemma(config)
+            model.load_state_dict(weights)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: {error}") from error
     return model, tokenizer, tokenizer.end_tokens
 
 

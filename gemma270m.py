@@ -128,10 +128,10 @@ PRESETS = {
     "quick": dict(grad_accum=1, max_iters=2_432, warmup_iters=200, lr=1e-3, min_lr=1e-4),
     "finetune": dict(batch_size=8, grad_accum=4, max_iters=800, warmup_iters=80, lr=5e-5,
                      min_lr=5e-6, eval_interval=200),
-    "tiny": dict(emb_dim=128, n_layers=6, n_heads=2, head_dim=32, hidden_dim=384,
-                 sliding_window=128, query_pre_attn_scalar=32, batch_size=8, grad_accum=1,
-                 block_size=256, max_iters=800, warmup_iters=60, lr=5e-3, min_lr=5e-4,
-                 eval_interval=200, eval_tokens=32_768),
+    "tiny": dict(emb_dim=96, n_layers=4, n_heads=2, head_dim=48, query_pre_attn_scalar=48,
+                 hidden_dim=256, sliding_window=256, block_size=256, batch_size=4, grad_accum=1,
+                 max_iters=1_700, warmup_iters=200, lr=1e-2, min_lr=0.0, beta2=0.99,
+                 eval_tokens=32_768, log_interval=50),
 }  # fmt: skip
 CHOICES = {"preset": ["auto", *PRESETS], "dtype": ["auto", "bfloat16", "float16", "float32"]}
 

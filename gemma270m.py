@@ -45,10 +45,12 @@ class UserError(ValueError):
 
 def check_numbers(config, may_be_zero=""):
     """Raises UserError that names the first number of a configuration that is out of range."""
-    for name, value in vars(config).items():
-        fits = isinstance(value, (bool, str, type(None))) or 0 < value < 2**31
-        if not fits and not (value == 0 and name in may_be_zero.split()):
-            raise UserError(f"{name} cannot be {value}")
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type in (int, float):
+            fits = isinstance(value, (int, field.type)) and 0 < value < 2**31
+            if not fits and not (value == 0 and field.name in may_be_zero.split()):
+                raise UserError(f"{field.name} cannot be {value}")
 
 
 @dataclass

@@ -343,11 +343,12 @@ def hub_files(repo, kind, pattern):
 
 # A new word begins where white space follows something else, so parts that are cut there have the
 # tokens of the whole. Only space and newline are white space to everybody.
-PARTS = re.compile(r".{1,8192}(?:\Z|(?<=\S)(?=[ \n]))|.{1,8192}", re.DOTALL)
+PARTS = re.compile(r".{1,4096}(?:\Z|(?<=\S)(?=[ \n]))|.{1,4096}", re.DOTALL)
 
 
-def split(documents):
-    """The parts of all documents that are not white space only, as pairs (part, ends)."""
+def split(documents, limit=None):
+    """The parts of documents, up to `limit` of these, as pairs (part, ends), without blank ones."""
+    count = 0
     begins = True
     for text, ends in documents:
         if not (begins and ends) or text.strip():
@@ -355,6 +356,9 @@ def split(documents):
             yield from ((part, False) for part in parts[:-1])
             yield parts[-1], ends
             begins = ends
+            count += ends
+            if count == limit:
+                return
 
 
 def read_txt(file):
@@ -375,7 +379,10 @@ def read_txt(file):
 def read_rows(path, file):
     """What stands in `text` of each row of .parquet, or of each line of JSON."""
     if path.endswith(".parquet"):
-        for batch in ParquetFile(path, buffer_size=2**20).iter_batches(64, columns=["text"]):
+        table = ParquetFile(path, buffer_size=2**20)
+        if "text" not in table.schema_arrow.names:
+            raise ValueError("there is no column `text`")
+        for batch in table.iter_batches(64, columns=["text"]):
             yield from batch.column("text").to_pylist()
     else:
         for line in file:
@@ -384,7 +391,7 @@ def read_rows(path, file):
 
 
 def read_files(patterns, skipped=None):
-    """The documents of all files; counts rows without text in `skipped`, or refuses them if None."""
+    """The documents of all files; notes rows without text in the set `skipped`, or refuses them."""
     for path in [path for p in patterns for path in sorted(glob.glob(p, recursive=True)) or [p]]:
         opener = {".gz": gzip.open, ".xz": lzma.open}.get(Path(path).suffix, open)
         try:
@@ -398,7 +405,7 @@ def read_files(patterns, skipped=None):
                     elif skipped is None:
                         raise ValueError(f"row {number}: no text in `text`; see --skip_bad")
                     else:
-                        skipped[path] += 1
+                        skipped.add((path, number))
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8, perhaps UTF-16: save it as UTF-8") from error
         except (ValueError, OSError, EOFError, zlib.error, lzma.LZMAError, ArrowException) as error:
@@ -442,9 +449,9 @@ def make_stories(seed=0):
 # ---- writing -------------------------------------------------------------------------------------
 
 
-def encode(documents, tokenizer):
-    """The tokens of all documents, with those at their begin and end, as pairs (ids, ends)."""
-    parts = split(documents)
+def encode(documents, tokenizer, limit):
+    """The tokens of documents, with those at their begin and end, as pairs (ids, ends)."""
+    parts = split(documents, limit)
     begins = True
     while batch := list(islice(parts, BATCH)):
         texts, all_ends = zip(*batch)
@@ -455,32 +462,27 @@ def encode(documents, tokenizer):
             begins = ends
 
 
-def write_tokens(folder, dtype, tokenizer, train, val, limit, total):
-    """Writes train.bin and val.bin -> how many documents and tokens they hold.
+def write_tokens(folder, dtype, encoded, total):
+    """Writes {split: pairs (ids, ends)} to train.bin and val.bin -> counts of documents and tokens.
 
-    Without `val` one training document of HELD_OUT is for validation, or of fewer documents the
-    last HELD_OUT-th part.
+    Without a split "val" it gets one training document of HELD_OUT, or the last HELD_OUT-th part of
+    fewer documents.
     """
-    counts = dict.fromkeys(("train_documents", "val_documents", "train_tokens", "val_tokens"), 0)
-    paths = {name: folder / f"{name}.bin" for name in ("train", "val")}
-    with open(paths["train"], "wb") as train_file, open(paths["val"], "wb") as val_file:
-        for name, documents in (("val", val or ()), ("train", train)):
-            bar = tqdm(total=total, unit=" documents", disable=None if name == "train" else True)
-            for ids, ends in encode(documents, tokenizer):
+    counts = Counter(train_documents=0, val_documents=0, train_tokens=0, val_tokens=0)
+    paths = {split: folder / f"{split}.bin" for split in ("train", "val")}
+    with open(paths["train"], "wb") as train, open(paths["val"], "wb") as val:
+        for split, pairs in encoded.items():
+            for ids, ends in tqdm(pairs, total=total, unit=" parts", disable=None):
                 number = counts["train_documents"] + counts["val_documents"] + 1
-                held = name == "val" or not val and number % HELD_OUT == 0
-                (val_file if held else train_file).write(np.array(ids, dtype))
-                place = "val" if held else "train"
-                counts[f"{place}_documents"] += ends
-                counts[f"{place}_tokens"] += len(ids)
-                bar.update(ends)
-                if limit and counts["train_documents"] == limit:
-                    break
-            bar.close()
+                if split == "val" or "val" not in encoded and number % HELD_OUT == 0:
+                    counts.update(val_documents=ends, val_tokens=len(ids))
+                    val.write(np.array(ids, dtype))
+                else:
+                    counts.update(train_documents=ends, train_tokens=len(ids))
+                    train.write(np.array(ids, dtype))
     if not counts["val_tokens"]:
         share = max(2, counts["train_tokens"] // HELD_OUT)
-        counts["train_tokens"] -= share
-        counts |= {"val_documents": 1, "val_tokens": share}
+        counts.update(val_documents=1, val_tokens=share, train_tokens=-share)
         size = max(0, counts["train_tokens"]) * np.dtype(dtype).itemsize
         np.fromfile(paths["train"], dtype, offset=size).tofile(paths["val"])
         os.truncate(paths["train"], size)
@@ -499,10 +501,13 @@ def has_gpu():
 
 
 def choose_text(args, skipped):
-    """-> where text is from, functions that give documents to train on and, or None, to validate with"""
+    """-> where text is from, {"train", perhaps "val": function that gives documents}"""
     if args.input:
-        val = partial(read_files, args.val_input, skipped) if args.val_input else None
-        return " ".join(args.input), partial(read_files, args.input, skipped), val
+        texts = {"train": args.input, "val": args.val_input}
+        texts = {
+            split: partial(read_files, texts[split], skipped) for split in texts if texts[split]
+        }
+        return " ".join(args.input), texts
     try:
         files = hub_files(TINYSTORIES, "dataset", r"data/(train|validation)-.*\.parquet")
     except ConnectionError as error:
@@ -510,87 +515,89 @@ def choose_text(args, skipped):
         if meta.exists() and BUILT_IN not in meta.read_text("utf-8"):
             raise ValueError(f"{error}; {args.out_dir} keeps the data that it holds") from error
         print(f"No TinyStories but {BUILT_IN}: {error}", flush=True)
-        return BUILT_IN, make_stories, partial(make_stories, 1)
+        return BUILT_IN, {"train": make_stories, "val": partial(make_stories, 1)}
     train = {name: files[name] for name in files if name.startswith("data/train")}
     val = {name: files[name] for name in files if name not in train}
-    return TINYSTORIES, partial(read_shards, train), partial(read_shards, val)
+    return TINYSTORIES, {"train": partial(read_shards, train), "val": partial(read_shards, val)}
 
 
-def replace_data(out, new):
-    """Moves the files of `new` to `out`, meta.json last: without it the folder looks unfinished."""
-    for name in ("meta.json", "init.pt"):
-        (out / name).unlink(missing_ok=True)
-    for name in sorted(os.listdir(new), key="meta.json".__eq__):
-        os.replace(new / name, out / name)
+def write_data(folder, args, source, texts, name, limit):
+    """Writes the files of a data folder, its tokenizer by name -> what its meta.json says"""
+    train = texts["train"]
+    if args.model:
+        from gemma270m import save_checkpoint
+
+        config, weights, tokenizer = read_model(name)
+        save_checkpoint(folder / "init.pt", {"model_config": asdict(config), "model": weights})
+    elif name.isdecimal():
+        parts = islice(split(train(), limit), LEARN_FROM)
+        tokenizer = learn_tokenizer((part for part, _ in parts), int(name))
+        name = f"{int(name):,} learned from the text"
+    else:
+        tokenizer = load_tokenizer(name)
+    limits = {"train": limit, "val": None}
+    if not args.input and limit:
+        limits["val"] = max(200, limit // HELD_OUT)
+    elif "val" not in texts and limit:
+        limits["train"] += (limit - 1) // (HELD_OUT - 1)  # so many more are held out
+    encoded = {part: encode(texts[part](), tokenizer, limits[part]) for part in texts}
+    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+    counts = write_tokens(folder, dtype, encoded, None if args.input else limit or ALL_STORIES)
+    for file, text in tokenizer.files.items():
+        (folder / file).write_text(text, "utf-8")
+    meta = {
+        "source": source,
+        "tokenizer": name,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": dtype,
+        "bos_token": tokenizer.bos_token,
+        "end_tokens": tokenizer.end_tokens,
+        "tokenizer_files": sorted(tokenizer.files),
+        **counts,
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    return meta
 
 
 def prepare(args):
-    """Writes the data folder that the flags ask for, or leaves it as it was; prints what it holds."""
-    began = time.time()
+    """Makes the data folder that the flags ask for, or leaves it as it was; prints what it holds."""
     decided = (args.tokenizer or args.model) and (args.input or args.limit)
     gpu = not decided and has_gpu()
-    skipped = Counter() if args.skip_bad else None
-    source, train, val = choose_text(args, skipped)
+    skipped = set() if args.skip_bad else None
+    source, texts = choose_text(args, skipped)
     small = not gpu or source == BUILT_IN
     limit = args.limit or (SMALL_STORIES if small and not args.input else None)
     name = args.model or args.tokenizer or (SMALL_VOCABULARY if small else "gpt2")
     if not decided:
         amount = f"{limit:,}" if limit else "all"
+        choice = f"{amount} documents of {source}, tokenizer {name}"
         print(
-            f"{'A' if gpu else 'No'} GPU: {amount} documents of {source}, tokenizer {name}", end=" "
+            f"{'A' if gpu else 'No'} GPU: {choice} (--limit and --tokenizer change it)", flush=True
         )
-        print("(--limit and --tokenizer change that)", flush=True)
     out = Path(args.out_dir)
-    made = not out.exists()
     new = out / ".new"
+    made = not out.exists()
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
-        if args.model:
-            from gemma270m import save_checkpoint
-
-            config, weights, tokenizer = read_model(name)
-            save_checkpoint(new / "init.pt", {"model_config": asdict(config), "model": weights})
-        elif name.isdecimal():
-            parts = islice(split(train()), LEARN_FROM)
-            tokenizer = learn_tokenizer((part for part, _ in parts), int(name))
-            name = f"{int(name):,} learned from the text"
-        else:
-            tokenizer = load_tokenizer(name)
-        dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-        total = limit or (ALL_STORIES if source == TINYSTORIES else None)
-        (skipped or Counter()).clear()  # those of the pass that learned a vocabulary
-        val = val and (islice(val(), 500) if small and not args.input else val())
-        counts = write_tokens(new, dtype, tokenizer, train(), val, limit, total)
-        for file, text in tokenizer.files.items():
-            (new / file).write_text(text, "utf-8")
-        meta = {
-            "source": source,
-            "tokenizer": name,
-            "vocab_size": tokenizer.vocab_size,
-            "dtype": dtype,
-        }
-        meta |= {"bos_token": tokenizer.bos_token, "end_tokens": tokenizer.end_tokens, **counts}
-        meta["tokenizer_files"] = sorted(tokenizer.files)
-        (new / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-        replace_data(out, new)
+        meta = write_data(new, args, source, texts, name, limit)
+        # The old files go first and meta.json comes last: without it the folder looks unfinished.
+        for stale in ("meta.json", "init.pt"):
+            (out / stale).unlink(missing_ok=True)
+        for file in sorted(os.listdir(new), key="meta.json".__eq__):
+            os.replace(new / file, out / file)
     finally:
         shutil.rmtree(new, ignore_errors=True)
         if made and not any(out.iterdir()):
             out.rmdir()
-
     for part in ("train", "val"):
         count = f"{meta[f'{part}_documents']:,} documents, {meta[f'{part}_tokens']:,} tokens"
         print(f"{out / part}.bin: {count}")
     if skipped:
-        print(f"Skipped rows without text: {skipped.total():,}")
-    print(
-        f"Tokenizer: {name}; {meta['vocab_size']:,} different tokens; {time.time() - began:.0f} s"
-    )
-    print(
-        "Next: python gemma270m.py"
-        + (f" --data_dir {shlex.quote(str(out))}" if str(out) != "data" else "")
-    )
+        print(f"Rows without text, skipped: {len(skipped):,}")
+    print(f"Tokenizer: {meta['tokenizer']}; {meta['vocab_size']:,} different tokens")
+    folder = "" if args.out_dir == "data" else f" --data_dir {shlex.quote(args.out_dir)}"
+    print(f"Next: python gemma270m.py{folder}")
 
 
 def main(argv=None):

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from gemma270m import (
@@ -277,7 +278,7 @@ def export(model, tokenizer, folder):
                 (part / name).write_text(text, encoding="utf-8")
             save_file(weights, part / "model.safetensors", {"format": "pt"})
             part.replace(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be written: {error}") from error
 
 
@@ -367,8 +368,6 @@ def sample(args, model, tokenizer, end_tokens):
     new_tokens = stream(model, tokens, min(args.max_new_tokens, room), *choice)
     texts = [Text(tokenizer, end_tokens) for _ in tokens]
     alone = args.num_samples == 1
-    if alone:
-        print(prompt, end="", flush=True)
     made = 0
     # In float16 autocast keeps the residual stream in float32.
     with torch.autocast(device.type, dtype, enabled=dtype == torch.float16, cache_enabled=False):
@@ -377,7 +376,7 @@ def sample(args, model, tokenizer, end_tokens):
             for text, token in zip(texts, new.tolist()):
                 characters = text.add(token)
                 if alone:
-                    print(characters, end="", flush=True)
+                    print(prompt if made == 1 else "", characters, sep="", end="", flush=True)
             if made == 2:  # what the prompt and the recording took is not decoding
                 began = time.perf_counter()
     if made > 2:

@@ -36,20 +36,19 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
+
 # ---- Configuration: each field is a flag, the comment behind it is its help text -----------------
-
-
 class UserError(ValueError):
     """A mistake of the user: at the command line one line, without a traceback."""
 
 
-def check_numbers(config, may_be_zero=""):
+def check_numbers(config, may_be_zero=()):
     """Raises UserError that names the first number of a configuration that is out of range."""
     for field in fields(config):
         value = getattr(config, field.name)
+        smallest = 0 if field.name in may_be_zero else 1e-30
         if field.type in (int, float):
-            fits = isinstance(value, (int, field.type)) and 0 < value < 2**31
-            if not fits and not (value == 0 and field.name in may_be_zero.split()):
+            if not isinstance(value, (int, field.type)) or not smallest <= value < 2**31:
                 raise UserError(f"{field.name} cannot be {value}")
 
 
@@ -117,7 +116,8 @@ class TrainConfig:
     checkpoint_activations: bool = False  # recompute blocks in the backward pass: less memory
 
     def __post_init__(self):
-        check_numbers(self, "warmup_iters min_lr beta1 beta2 weight_decay grad_clip seed")
+        zeros = ("warmup_iters", "min_lr", "beta1", "beta2", "weight_decay", "grad_clip", "seed")
+        check_numbers(self, zeros)
         if max(self.beta1, self.beta2) >= 1:
             raise UserError("beta1 and beta2 must be below 1")
         if self.max_iters < self.grad_accum:
@@ -137,9 +137,8 @@ PRESETS = {
 }  # fmt: skip
 CHOICES = {"preset": ["auto", *PRESETS], "dtype": ["auto", "bfloat16", "float16", "float32"]}
 
+
 # ---- Layers, from the smallest to the block ------------------------------------------------------
-
-
 class RMSNorm(nn.Module):
     """Scales each vector to root mean square 1, then by 1 + weight (arXiv 1910.07467)."""
 
@@ -175,33 +174,36 @@ def causal_attention(q, k, v, window, scale):
 
     q (B, H, T, D), k and v (B, G, T, D) -> as q. Which keys (columns) the queries (rows) see:
 
-        full layer        sliding layer with a window of 3
-        1 . . . . .       1 . . . . .
-        1 1 . . . .       1 1 . . . .
-        1 1 1 . . .       1 1 1 . . .
-        1 1 1 1 . .       . 1 1 1 . .
-        1 1 1 1 1 .       . . 1 1 1 .
-        1 1 1 1 1 1       . . . 1 1 1
+        full layer      sliding layer with a window of 3
+        1 . . . .       1 . . . .
+        1 1 . . .       1 1 . . .
+        1 1 1 . .       1 1 1 . .
+        1 1 1 1 .       . 1 1 1 .
+        1 1 1 1 1       . . 1 1 1
     """
     B, H, T, _ = q.shape
-    # GPUs that train in bfloat16 have fast kernels. Up to the window these take a key/value head as
-    # it is; everywhere else each query head needs its own copy of the one it shares.
+    # GPUs that train in bfloat16 have fast kernels. One of them lets query heads share a key/value
+    # head (gqa); for everything else each query head gets its own copy of it.
     fast = q.is_cuda and q.dtype == torch.bfloat16
-    if not fast or T > window:
+    shares = fast and T <= window
+    if not shares:
         k = k.repeat_interleave(H // k.size(1), dim=1)  # (B, H, T, D)
         v = v.repeat_interleave(H // v.size(1), dim=1)
 
     # 1) The window hides nothing.
     if T <= window:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=fast)
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=shares
+        )
 
     # 2) A kernel skips what the window hides. Its import takes a second, and only a GPU has it.
     if fast:
         from torch.nn.attention.varlen import varlen_attn
 
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B * T, H, D)
-        starts = torch.arange(B + 1, device=q.device, dtype=torch.int32) * T
-        y = varlen_attn(q, k, v, starts, starts, T, T, scale=scale, window_size=(window - 1, 0))
+        starts = torch.arange(B + 1, device=q.device, dtype=torch.int32) * T  # of each sequence
+        keys = (window - 1, 0)  # before the query and after it
+        y = varlen_attn(q, k, v, starts, starts, T, T, scale=scale, window_size=keys)
         return y.unflatten(0, (B, T)).transpose(1, 2)
 
     # 3) In blocks of `window` queries, so that time and memory grow with T and not with T x T:
@@ -211,7 +213,7 @@ def causal_attention(q, k, v, window, scale):
     for start in range(0, T, window):
         queries = slice(start, start + window)
         keys = slice(max(0, start - window), start + window)
-        age = positions[queries, None] - positions[None, keys]  # of each key, seen from each query
+        age = positions[queries, None] - positions[keys]  # of each key, seen from each query
         mask = (age >= 0) & (age < window)
         block = (q[:, :, queries], k[:, :, keys], v[:, :, keys], mask)
         blocks.append(F.scaled_dot_product_attention(*block, scale=scale))
@@ -236,7 +238,10 @@ class Attention(nn.Module):
         self.window = config.context_length if is_full else config.sliding_window
 
     def forward(self, x, cos, sin, attend):
-        """x (B, T, E), cos and sin of its positions, attend as causal_attention -> as x"""
+        """x (B, T, E), cos and sin of its positions -> as x
+
+        attend: causal_attention, or the cache of sample.py, which stores k and v before it attends.
+        """
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H, D)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, G, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (B, T, G, D)
@@ -277,23 +282,24 @@ class Block(nn.Module):
         self.post_feedforward_layernorm = RMSNorm(config.emb_dim, config.norm_eps)
 
     def forward(self, x, cos, sin, attend=causal_attention):
-        # What joins the residual stream takes its dtype before the norm, which may make it large.
+        # A norm may scale its input beyond float16, so that first gets the residual's dtype.
         y = self.self_attn(self.input_layernorm(x), cos, sin, attend)
         x = x + self.post_attention_layernorm(y.type_as(x))
         y = self.mlp(self.pre_feedforward_layernorm(x))
         return x + self.post_feedforward_layernorm(y.type_as(x))
 
 
-# ---- Loss: the logits of 32 x 512 tokens are 3.3 GB in float32, their gradient as much again
-# So they are made for some rows at a time, and their gradient is taken at once, before they go.
+# ---- Loss ----------------------------------------------------------------------------------------
 
+# The logits of 32 x 512 tokens are 3.3 GB in float32, and their gradient as much again. So a chunk
+# of this many is made at a time, and its gradient is taken in the forward pass, before it goes.
 LOGITS_AT_ONCE = 2**28
 
 
 def summed_cross_entropy(logits, targets, vocab_size):
     """Over the rows whose target is not -1. logits (N, V or more), targets (N,) -> a scalar"""
     logits = logits.float()
-    if logits.size(1) > vocab_size:  # padded
+    if logits.size(1) > vocab_size:  # the rest is padding
         columns = torch.arange(logits.size(1), device=logits.device)
         logits = logits.masked_fill(columns >= vocab_size, -math.inf)
     return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
@@ -312,17 +318,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         matrix = F.pad(head.type_as(x), (0, 0, 0, -V % 64 if x.is_cuda else 0))
         head_grad = torch.zeros_like(matrix, dtype=torch.float32)
         x_grads = []
-        total = torch.zeros((), device=x.device)
+        total = 0.0
         n = max(1, min(4096, LOGITS_AT_ONCE // V))
         for rows, row_targets in zip(x.split(n), targets.split(n)):
             logits = rows @ matrix.T  # (n, V)
-            if not training:
-                total += summed_cross_entropy(logits, row_targets, V)
-                continue
-            logits_grad, loss = gradient_and_loss(logits, row_targets, V)
+            if training:
+                logits_grad, loss = gradient_and_loss(logits, row_targets, V)
+                x_grads.append(logits_grad @ matrix)
+                head_grad += logits_grad.T @ rows
+            else:
+                loss = summed_cross_entropy(logits, row_targets, V)
             total += loss
-            x_grads.append(logits_grad @ matrix)
-            head_grad += logits_grad.T @ rows
         if training:
             ctx.save_for_backward(torch.cat(x_grads), head_grad[:V])
         return total
@@ -334,8 +340,6 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 # ---- Model ---------------------------------------------------------------------------------------
-
-
 class Gemma(nn.Module):
     """Gemma 3. The names of its parameters are those of the official checkpoint."""
 
@@ -349,7 +353,7 @@ class Gemma(nn.Module):
         self.norm = RMSNorm(config.emb_dim, config.norm_eps)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
-        # A norm undoes the scale of the matrix before it; small ones are changed more by an update.
+        # A norm undoes the scale of the matrix before it, so a small matrix only learns faster.
         for weight in self.parameters():
             if weight.ndim == 2:
                 nn.init.normal_(weight, std=0.005)
@@ -376,8 +380,7 @@ class Gemma(nn.Module):
         T = tokens.size(1)
         if T > c.context_length:
             raise UserError(f"{T} tokens exceed the context of {c.context_length}")
-        if attends is None:  # sample.py passes its cache instead
-            attends = [causal_attention] * c.n_layers
+        attends = attends or [causal_attention] * c.n_layers  # or the cache of sample.py
         positions = torch.arange(T, device=tokens.device) + start
         rope = {
             "sliding_attention": rope_table(positions, c.head_dim, c.rope_local_base),
@@ -391,12 +394,10 @@ class Gemma(nn.Module):
             halved = torch.get_autocast_dtype(x.device.type) == torch.bfloat16
             x = x.bfloat16() if halved else x.float()
         for block, kind, attend in zip(self.layers, c.layer_types, attends):
-            inputs = (x, *rope[kind], attend)
-            if self.checkpoint_activations and torch.is_grad_enabled():
+            if self.checkpoint_activations:
                 options = {"use_reentrant": False, "preserve_rng_state": False}
-                x = recompute_in_backward(block, *inputs, **options)
-            else:
-                x = block(*inputs)
+                block = functools.partial(recompute_in_backward, block, **options)
+            x = block(x, *rope[kind], attend)
         return self.norm(x)
 
     def forward(self, tokens, targets=None):
@@ -404,17 +405,14 @@ class Gemma(nn.Module):
         x = self.features(tokens)
         if targets is None:
             return F.linear(x, self.head)
-        options = (self.gradient_and_loss, torch.is_grad_enabled())
-        x = x.flatten(0, 1)  # (B * T, E)
-        loss = ChunkedCrossEntropy.apply(x, self.head, targets.flatten(), *options)
+        rows = (x.flatten(0, 1), self.head, targets.flatten())
+        training = torch.is_grad_enabled()  # a Function cannot see it
+        loss = ChunkedCrossEntropy.apply(*rows, self.gradient_and_loss, training)
         return loss / (targets >= 0).sum().clamp(min=1)
 
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens, temperature=1.0, generator=None):
-        """Continues tokens (B, T), rows of equal length without padding -> (B, T + n).
-
-        The reference, with the whole model for each token; sample.py's stream is the fast way.
-        """
+        """Continues tokens (B, T) -> (B, T + n), plainly; sample.py's stream is the fast way."""
         for _ in range(max_new_tokens):
             logits = self(tokens)[:, -1].float()  # (B, V)
             if temperature == 0:
@@ -427,8 +425,6 @@ class Gemma(nn.Module):
 
 
 # ---- Data, learning rate, validation -------------------------------------------------------------
-
-
 def load_data(folder):
     """Memory maps of train.bin and val.bin, and what meta.json says. Raises UserError."""
     try:
@@ -440,19 +436,16 @@ def load_data(folder):
         val = np.memmap(Path(folder, "val.bin"), meta["dtype"], mode="r")
         if not {"source", "bos_token", "end_tokens"} <= meta.keys():
             raise ValueError("meta.json is not whole")
-        if (len(train), len(val)) != (meta["train_tokens"], meta["val_tokens"]):
-            raise ValueError("a file is cut short")
-        if min(len(train), len(val)) < 2:
-            raise ValueError("a file has no two tokens")
-        if max(train.max(), val.max()) >= meta["vocab_size"]:
-            raise ValueError("a token is beyond the vocabulary")
+        for part, length in ((train, meta["train_tokens"]), (val, meta["val_tokens"])):
+            if not len(part) == length >= 2 or part.max() >= meta["vocab_size"]:
+                raise ValueError("the tokens do not fit meta.json")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"no usable data in {folder} ({error}): run python prepare.py") from error
     return train, val, meta
 
 
 def count_blocks(n_tokens, block_size, bos):
-    """Blocks whose targets are all tokens, or all but the first one if there is no start token."""
+    """How many blocks cover the data; without a start token the first token is no target."""
     targets = n_tokens - 1 if bos is None else n_tokens
     return math.ceil(targets / block_size)
 
@@ -476,17 +469,16 @@ def training_blocks(iteration, batch_size, n_blocks, seed):
 def get_batch(data, blocks, block_size, bos, device):
     """Inputs and targets, the same tokens one place apart; -1 past the end. -> 2 x (B, T)"""
     rows = np.full((len(blocks), block_size + 1), -1, dtype=np.int64)
+    length = block_size + 1 if bos is None else block_size
     for row, block in zip(rows, blocks):
-        piece = data[block * block_size : (block + 1) * block_size + 1]
-        if bos is not None:
-            # Each row begins with one start token: without it Gemma predicts badly.
-            piece = piece[:block_size]
-            if piece[0] != bos:
-                piece = np.insert(piece, 0, bos)
+        piece = data[block * block_size :][:length]
+        # Each row begins with one start token: without it Gemma predicts badly.
+        if bos is not None and piece[0] != bos:
+            piece = np.insert(piece, 0, bos)
         row[: len(piece)] = piece
     rows = torch.from_numpy(rows)
     if device.type == "cuda":
-        rows = rows.pin_memory()
+        rows = rows.pin_memory()  # the copy need not wait for the work before it
     rows = rows.to(device, non_blocking=True)
     return rows[:, :-1].clamp(min=0), rows[:, 1:]
 
@@ -523,8 +515,6 @@ def evaluate(model, data, config, bos, device, autocast, rank=0, world=1):
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
-
-
 def save_checkpoint(path, state):
     """Writes beside path, then renames, so that path is a whole checkpoint at any moment."""
     temporary = Path(f"{path}.tmp")
@@ -553,7 +543,7 @@ def load_checkpoint(path):
         model.load_state_dict(state["model"], assign=True)
         if not all(weight.isfinite().all() for weight in model.parameters()):
             raise ValueError("weights are not finite")
-    # Files that are damaged or something else raise many things.
+    # A file that is damaged, or something else, raises many things.
     except (OSError, EOFError, RuntimeError, ValueError, TypeError, KeyError, AttributeError,
             zipfile.BadZipFile, pickle.UnpicklingError) as error:  # fmt: skip
         reason = " ".join(str(error).split())
@@ -562,8 +552,6 @@ def load_checkpoint(path):
 
 
 # ---- Training ------------------------------------------------------------------------------------
-
-
 def say(line):
     """Prints a line in the first process. An output that has gone must not end the run."""
     if os.environ.get("RANK", "0") != "0":
@@ -575,7 +563,7 @@ def say(line):
         os.dup2(nowhere, sys.stdout.fileno())
 
 
-@functools.cache
+@functools.cache  # main and train ask; the hint is said once
 def pick_device(name="auto"):
     """The torch.device, under torchrun each process's own GPU. UserError if it cannot compute."""
     if name == "auto":
@@ -583,15 +571,13 @@ def pick_device(name="auto"):
         if name == "cpu" and shutil.which("nvidia-smi"):
             say("device  nvidia-smi is there, but torch cannot use a GPU: check driver and torch")
     try:
-        device = torch.device(name)
         if name == "cuda":
-            device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(device)
-        torch.ones(1, device=device).add(1)  # fails on a GPU that torch's build does not serve
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        # The sum fails on a GPU that torch's build does not serve.
+        return torch.ones(1, device=name).add(1).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"device {name} cannot be used: {reason}; try --device cpu") from error
-    return device
 
 
 def pick_dtype(name, device):
@@ -606,8 +592,15 @@ def pick_dtype(name, device):
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-def make_optimizer(model, config):
-    """AdamW; weight decay pulls on matrices, not on norms."""
+def prepare_model(model, config, device):
+    """Puts the model on its device, with gradients of zero. -> its optimizer"""
+    model.to(device)
+    model.checkpoint_activations = config.checkpoint_activations
+    if config.compile or (config.compile is None and device.type == "cuda"):
+        model.compile_parts()
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    # Weight decay pulls on matrices, not on norms.
     matrices = [weight for weight in model.parameters() if weight.ndim >= 2]
     norms = [weight for weight in model.parameters() if weight.ndim < 2]
     groups = [{"params": matrices}, {"params": norms, "weight_decay": 0.0}]
@@ -620,7 +613,7 @@ stop_times = []  # when signals came that end the run; empty while it goes on
 
 def request_stop(number, frame):
     """Handles a signal: the first one lets the run save and end, a second one ends it at once."""
-    # torchrun passes on a Ctrl-C that has come by itself, so a second one counts after a second.
+    # Under torchrun each Ctrl-C arrives twice, so only one that comes a second later is another.
     if stop_times and time.monotonic() - stop_times[0] > 1:
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
@@ -629,10 +622,10 @@ def request_stop(number, frame):
 
 def any_process_stops(world):
     """All processes must leave together, or the rest would wait for those that left."""
-    stops = torch.tensor(float(len(stop_times)))
+    stops = torch.tensor(len(stop_times))
     if world > 1:
         dist.all_reduce(stops)
-    return stops.item() > 0
+    return bool(stops)
 
 
 @contextlib.contextmanager
@@ -643,10 +636,9 @@ def processes_and_signals(world, device):
     stop_times.clear()
     previous = {}
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, signal.SIGINT)  # Windows has no SIGHUP
-        previous.setdefault(number, signal.getsignal(number))
-        if previous[number] != signal.SIG_IGN:  # nohup has SIGHUP ignored, and it stays so
-            signal.signal(number, request_stop)
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            previous[number] = signal.signal(number, request_stop)
     try:
         yield
     finally:
@@ -667,12 +659,12 @@ def save_run(path, state, needed):
     """Writes the checkpoint and its log as a table. Raises UserError if they are needed."""
     try:
         save_checkpoint(path, state)
+        rows = state["rows"]
+        columns = dict.fromkeys(name for row in rows for name in row)  # as a set, but in order
         with open(path.removesuffix(".pt") + ".csv", "w", newline="") as file:
-            writer = csv.DictWriter(
-                file, dict.fromkeys(name for row in state["rows"] for name in row)
-            )
+            writer = csv.DictWriter(file, columns)
             writer.writeheader()
-            writer.writerows(state["rows"])
+            writer.writerows(rows)
     except (OSError, RuntimeError) as error:
         # For a full disk torch.save raises RuntimeError and hides the reason behind it.
         reason = f"{path} or its log cannot be written: {error.__context__ or error}"
@@ -702,18 +694,10 @@ def train(config, model, data, state=None):
     bos = meta["bos_token"]
     n_blocks = count_blocks(len(train_data), config.block_size, bos)
 
-    # Weights, optimizer, norms and loss are in float32, matrix products in dtype.
     dtype = pick_dtype(config.dtype, device)
-    config.dtype = str(dtype).removeprefix("torch.")  # a resumed run will have the same
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    model.to(device)
-    model.checkpoint_activations = config.checkpoint_activations
-    optimizer = make_optimizer(model, config)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    say(f"data    {meta['source']}, {len(train_data):,} + {len(val_data):,} tokens")
-    say(f"model   {model.num_parameters():,} parameters, {world} x {name}, {config.dtype}")
-    say(f"run     {steps:,} steps of {step_tokens:,} tokens, to {config.out}")
+    optimizer = prepare_model(model, config, device)
 
     step = 0  # updates made
     rows = []  # of the log
@@ -724,27 +708,20 @@ def train(config, model, data, state=None):
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())
 
-    # The gradients of a step and its loss add up in tensors that stay where they are.
-    weights = list(model.parameters())
-    for weight in weights:
-        weight.grad = torch.zeros_like(weight)
+    # The gradients of a step and its loss add up in tensors that stay where a CUDA graph has them.
     loss_sum = torch.zeros((), device=device)
-    sums = [loss_sum, *(weight.grad for weight in weights)]
-
+    sums = [loss_sum, *(weight.grad for weight in model.parameters())]
     micro_batch = functools.partial(forward_backward, model, autocast, scaler, accum, loss_sum)
-    if config.compile or (config.compile is None and device.type == "cuda"):
-        model.compile_parts()
     if device.type == "cuda":
         # As a CUDA graph: one call launches the thousands of kernels of a micro-batch.
         example = get_batch(train_data, [0] * config.batch_size, config.block_size, bos, device)
         micro_batch = torch.cuda.make_graphed_callables(micro_batch, example, num_warmup_iters=1)
-        torch._foreach_zero_(sums)
 
     while True:
-        # validate at the start, at the end and after each multiple of eval_interval
+        # validate at the start, at the end and in the step after each multiple of eval_interval
         iteration = step * accum
         validating = step == steps or iteration % config.eval_interval < accum
-        if validating and not (rows and rows[-1]["step"] == step and "val_loss" in rows[-1]):
+        if validating and not any(row["step"] == step and "val_loss" in row for row in rows):
             with torch.compiler.set_stance("force_eager"):  # another compilation is not worth it
                 val_loss = evaluate(model, val_data, config, bos, device, autocast, rank, world)
             if not math.isfinite(val_loss):
@@ -767,6 +744,8 @@ def train(config, model, data, state=None):
 
         # forward and backward of this process's share of the step's micro-batches
         started = time.perf_counter()
+        for tensor in sums:
+            tensor.zero_()
         for i in range(iteration + rank, iteration + accum, world):
             blocks = training_blocks(i, config.batch_size, n_blocks, config.seed)
             micro_batch(*get_batch(train_data, blocks, config.block_size, bos, device))
@@ -784,29 +763,27 @@ def train(config, model, data, state=None):
         for group in optimizer.param_groups:
             group["lr"] = lr
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(weights, config.grad_clip or math.inf).item()
-        loss = loss_sum.item()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
         finite = math.isfinite(norm)
-        if finite or scaler.is_enabled():  # a scaler skips bad updates by itself
+        if finite:
             scaler.step(optimizer)
-            scaler.update()
-        torch._foreach_zero_(sums)
+        scaler.update()
         step += 1
         skipped += not finite
         faults = 0 if finite else faults + 1
+        # A scaler needs some steps to find its scale.
         if faults == (25 if scaler.is_enabled() else 3):
             raise UserError(f"no finite gradient in {faults} steps up to {step}, lr {lr:.1e}")
 
         # log
         if step == steps or step * accum % config.log_interval < accum:
             speed = round(step_tokens / (time.perf_counter() - started))
+            loss = loss_sum.item()
             values = {"train_loss": loss, "lr": lr, "grad_norm": norm, "skipped": skipped}
             log(rows, iteration=step * accum, step=step, **values, tokens_per_second=speed)
 
 
 # ---- Command line --------------------------------------------------------------------------------
-
-
 def parse_flags(argv):
     """-> the flags that were given, as a dictionary"""
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
@@ -824,65 +801,70 @@ def parse_flags(argv):
 
 def make(kind, values):
     """A configuration from those of the values that are its fields."""
-    return kind(
-        **{field.name: values[field.name] for field in fields(kind) if field.name in values}
-    )
+    return kind(**{field.name: values[field.name] for field in fields(kind)})
 
 
 def main(argv=None):
     """The command line. Raises UserError for what cannot be done."""
     given = parse_flags(argv)
-    out = Path(given.get("out", TrainConfig.out))
-    if not out.parent.is_dir():
-        raise UserError(f"out: there is no folder {out.parent}")
-    device = pick_device(given.get("device", "auto"))
-    folder = given.get("data_dir", TrainConfig.data_dir)
-    init = Path(folder, "init.pt")
-    preset = given.get("preset", "auto")
-    if preset == "auto":
+    values = asdict(GemmaConfig()) | asdict(TrainConfig()) | given
+    out = Path(values["out"])
+    init = Path(values["data_dir"], "init.pt")
+    device = pick_device(values["device"])
+    preset = values["preset"]
+    if preset == "auto" and init.exists():
+        preset = "finetune"
+    elif preset == "auto":
         preset = "270m" if device.type == "cuda" else "tiny"
-        preset = "finetune" if init.exists() else preset
-    values = {**PRESETS[preset], **given, "preset": preset}
+    values |= PRESETS[preset] | given | {"preset": preset}
     state = None
 
-    # 1) go on with the run in --out
-    if given.get("resume") and out.exists():
+    if values["resume"] and out.exists():
+        # 1) go on with the run in --out
         model, state = load_checkpoint(out)
-        if not {"data", "optimizer", "scaler", "step", "rows", "skipped"} <= state.keys():
+        expected = {"train_config", "data", "optimizer", "scaler", "step", "rows", "skipped"}
+        if not expected <= state.keys():
             raise UserError(f"resume: {out} is not of a run, or of an earlier version")
-        values = {**state["train_config"], **given, "out": str(out)}
-        data = load_data(values.get("data_dir", folder))
-        must_agree = ["tokenizer_files"] if "data_dir" in given else list(data[2])
+        values |= state["train_config"] | given | {"out": str(out)}
+        data = load_data(values["data_dir"])
+        # Other data are welcome where --data_dir names them and the vocabulary is the same.
+        must_agree = ["tokenizer_files"] if "data_dir" in given else data[2]
         if any(state["data"].get(name) != data[2][name] for name in must_agree):
             raise UserError(f"resume: {out} has other data or another vocabulary; see --data_dir")
         say(f"resume  {out} after {state['step']:,} steps")
-    elif out.exists() and not given.get("overwrite"):
+    elif out.exists() and not values["overwrite"]:
         raise UserError(f"{out} exists: --resume goes on with it, --overwrite starts anew")
-
-    # 2) start from the weights that prepare.py --model has put beside the data
     elif preset == "finetune":
-        data = load_data(folder)
+        # 2) start from the weights that prepare.py --model has put beside the data
+        data = load_data(values["data_dir"])
         model, _ = load_checkpoint(init)
         say(f"start   from {init}, preset {preset} {PRESETS[preset]}")
-
-    # 3) start from scratch
     else:
-        data = load_data(folder)
-        torch.manual_seed(values.get("seed", TrainConfig.seed))
-        model = Gemma(make(GemmaConfig, {"vocab_size": data[2]["vocab_size"], **values}))
+        # 3) start from scratch
+        data = load_data(values["data_dir"])
+        torch.manual_seed(values["seed"])
+        shape = values | {"vocab_size": data[2]["vocab_size"]} | given
+        model = Gemma(make(GemmaConfig, shape))
         say(f"start   from scratch, preset {preset} {PRESETS[preset]}")
 
     config = make(TrainConfig, values)
-    if make(GemmaConfig, {**asdict(model.config), **given}) != model.config:
+    if any(getattr(model.config, name, value) != value for name, value in given.items()):
         raise UserError("the model has another shape than the flags say")
     if data[2]["vocab_size"] > model.config.vocab_size:
         raise UserError(f"vocab_size {model.config.vocab_size} is less than that of the data")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if config.grad_accum % world != 0:
         raise UserError(f"{world} processes cannot share grad_accum {config.grad_accum}")
-    if state is not None and state["step"] >= config.max_iters // config.grad_accum:
+    steps = config.max_iters // config.grad_accum
+    if state is not None and state["step"] >= steps:
         say(f"nothing is left to do: max_iters is {config.max_iters:,}")
         return
+    # A resumed run will have the same dtype, wherever it runs.
+    config.dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    say(f"data    {data[2]['source']}, {len(data[0]):,} + {len(data[1]):,} tokens")
+    say(f"model   {model.num_parameters():,} parameters, {model.config.vocab_size:,} words")
+    say(f"run     {steps:,} steps on {world} x {name} in {config.dtype}, to {config.out}")
     with processes_and_signals(world, device):
         train(config, model, data, state)
 

@@ -34,6 +34,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from threading import Thread
 
 # Set before the packages are imported. A download over plain HTTP ends at once with Ctrl-C.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -124,7 +125,10 @@ def byte_level(model, trainer=None, texts=()):
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     if trainer:
-        backend.train_from_iterator(texts, trainer)
+        # In a thread that nobody waits for after Ctrl-C, which would have to wait for the call.
+        worker = Thread(target=backend.train_from_iterator, args=(texts, trainer), daemon=True)
+        worker.start()
+        worker.join()
     backend.add_special_tokens([END_OF_TEXT])
     config = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -139,7 +143,7 @@ def learn_tokenizer(texts, size):
     options = {"special_tokens": [END_OF_TEXT], "show_progress": False}
     options["initial_alphabet"] = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, **options)
-    return byte_level(tokenizers.models.BPE(), trainer, texts)
+    return byte_level(tokenizers.models.BPE(), trainer, list(texts))
 
 
 def load_tokenizer(name):
@@ -291,7 +295,7 @@ def ask_hub(function, repo, **options):
             causes.append(causes[-1].__cause__ or causes[-1].__context__)
         status = 504 if any(isinstance(cause, HTTPError) for cause in causes) else 0
         reason = f"{repo}: {one_line(causes[0])}"
-        for cause in causes:
+        for cause in reversed(causes):
             unreachable = getattr(cause, "errno", None) in (errno.ENETUNREACH, errno.EHOSTUNREACH)
             if unreachable or isinstance(cause, (socket.gaierror, ConnectionRefusedError)):
                 raise ConnectionError(f"no network to ask for {repo} ({one_line(cause)})")
@@ -311,7 +315,7 @@ def ask_hub(function, repo, **options):
     if status in (401, 403, 404):
         page = f"{constants.ENDPOINT}/{repo}"
         cure = f"check the name, or accept the terms at {page} and run hf auth login"
-    if isinstance(causes[-1], json.JSONDecodeError):
+    if any(isinstance(cause, json.JSONDecodeError) for cause in causes):
         cure = "it is not the hub that answers; is there a login page of this network?"
     raise ValueError(f"{reason}: {cure}") from causes[0]
 
@@ -636,4 +640,6 @@ def main(argv=None):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # without waiting for threads that still compute

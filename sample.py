@@ -24,19 +24,11 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from gemma270m import (
-    Gemma,
-    UserError,
-    causal_attention,
-    load_checkpoint,
-    pick_device,
-    pick_dtype,
-)
+from gemma270m import Gemma, UserError, causal_attention, load_checkpoint, pick_device, pick_dtype
 from prepare import FIELDS, Tokenizer, read_model
 
+
 # ---- Cache ---------------------------------------------------------------------------------------
-
-
 class LayerCache:
     """The keys and values of one layer, and attention to them in place of causal_attention.
 
@@ -99,8 +91,6 @@ def predict(model, cache, tokens):
 
 
 # ---- Generation ----------------------------------------------------------------------------------
-
-
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draws one token from each row of logits (B, V) -> (B,). Temperature 0 takes the likeliest.
 
@@ -128,15 +118,9 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 
 @torch.inference_mode()
 def stream(
-    model,
-    tokens,
-    max_new_tokens,
-    temperature=1.0,
-    top_k=None,
-    top_p=None,
-    stop_tokens=(),
+    model, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_tokens=(),
     generator=None,
-):
+):  # fmt: skip
     """Yields (B,) tokens that continue tokens (B, T), one position at a time, with an exact cache.
 
     Rows have equal length and no padding. Ends after max_new_tokens, or when every row has produced
@@ -202,8 +186,6 @@ class Text:
 
 
 # ---- Reading and writing models ------------------------------------------------------------------
-
-
 def load(path):
     """The model, its tokenizer and its end tokens, from a checkpoint, a folder or the hub.
 
@@ -282,31 +264,33 @@ def export(model, tokenizer, folder):
         raise UserError(f"{folder} cannot be written: {error}") from error
 
 
-def llama_cpp_warnings(config):
+def llama_cpp_warnings(config, tokenizer):
     """What llama.cpp takes for granted and this model does not have, a line each."""
     lines = []
     if config.full_attention_every != 6:
-        lines.append("llama.cpp ignores full_attention_every, takes 6, and gives other text")
-    if config.query_pre_attn_scalar != config.head_dim:
         lines.append(
-            "llama.cpp ignores query_pre_attn_scalar, takes head_dim, and gives other text"
+            "llama.cpp takes full_attention_every 6, whatever config.json says: other text"
         )
+    if config.query_pre_attn_scalar != config.head_dim:
+        lines.append("llama.cpp takes query_pre_attn_scalar as head_dim: it will give other text")
+    if json.loads(tokenizer.files["tokenizer.json"])["model"].get("byte_fallback"):
+        lines.append("llama.cpp also wants tokenizer.model: copy it from the original's folder")
+    elif tokenizer.vocab_size != 50_257:
+        lines.append("llama.cpp's converter knows GPT-2's words only: see README, Use it elsewhere")
     return lines
 
 
 # ---- Command line --------------------------------------------------------------------------------
-
-
-def read_prompt(prompt):
-    """The prompt itself, or for FILE:PATH what the file holds. Raises UserError if it cannot be."""
-    if prompt.startswith("FILE:"):
-        path = prompt.removeprefix("FILE:")
+def read_text(flag, text):
+    """The text that was given, or for FILE:PATH what the file holds. Raises UserError."""
+    if text is not None and text.startswith("FILE:"):
+        path = text.removeprefix("FILE:")
         try:
-            prompt = Path(path).read_bytes().decode("utf-8")
+            text = Path(path).read_bytes().decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"prompt: {path} cannot be read as UTF-8 text: {error}") from error
+            raise UserError(f"{flag}: {path} cannot be read as UTF-8 text: {error}") from error
     # As in training text: no byte order mark, and one kind of line end.
-    return prompt.removeprefix("\ufeff").replace("\r\n", "\n")
+    return text and text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
 def chat_tokens(tokenizer, question):
@@ -335,21 +319,25 @@ def start_of_document(tokenizer):
     return tokenizer.end_tokens[0] if tokenizer.bos_token is None else tokenizer.bos_token
 
 
+def first_tokens(args, tokenizer, config):
+    """The tokens of the prompt or question. Raises UserError if the model cannot take them."""
+    if args.chat is not None:
+        tokens = chat_tokens(tokenizer, args.chat)
+    else:
+        tokens = [start_of_document(tokenizer), *tokenizer.encode(args.prompt)]
+    if max(tokens) >= config.vocab_size:
+        raise UserError(
+            f"prompt: token {max(tokens)} is beyond the {config.vocab_size} of the model"
+        )
+    if len(tokens) >= config.context_length:
+        raise UserError(f"prompt: {len(tokens)} tokens fill the context of {config.context_length}")
+    return tokens
+
+
 def sample(args, model, tokenizer, end_tokens):
     """Prints args.num_samples continuations. Raises UserError for what cannot be done."""
-    if args.chat is None:
-        prompt = read_prompt(args.prompt)
-        start = [start_of_document(tokenizer), *tokenizer.encode(prompt)]
-    else:
-        prompt = ""
-        start = chat_tokens(tokenizer, read_prompt(args.chat))
-    c = model.config
-    if max(start) >= c.vocab_size:
-        raise UserError(f"prompt: token {max(start)} is beyond the vocabulary of {c.vocab_size}")
-    room = c.context_length - len(start)
-    if room < 1:
-        raise UserError(f"prompt: {len(start)} tokens fill the context of {c.context_length}")
-
+    start = first_tokens(args, tokenizer, model.config)
+    room = min(args.max_new_tokens, model.config.context_length - len(start))
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     if device.type == "cpu" and model.num_parameters() < 20_000_000:
@@ -358,50 +346,39 @@ def sample(args, model, tokenizer, end_tokens):
     if args.compile:
         model.compile_parts()
     generator = torch.Generator(device)
-    if args.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(args.seed)
-
+    generator.manual_seed(args.seed if args.seed is not None else generator.seed())
     tokens = torch.tensor([start] * args.num_samples, device=device)
     choice = (args.temperature, args.top_k, args.top_p, end_tokens, generator)
-    new_tokens = stream(model, tokens, min(args.max_new_tokens, room), *choice)
+
     texts = [Text(tokenizer, end_tokens) for _ in tokens]
-    alone = args.num_samples == 1
+    alone = len(texts) == 1
     made = 0
     # In float16 autocast keeps the residual stream in float32.
     with torch.autocast(device.type, dtype, enabled=dtype == torch.float16, cache_enabled=False):
-        for new in new_tokens:
+        for new in stream(model, tokens, room, *choice):
             made += 1
-            for text, token in zip(texts, new.tolist()):
-                characters = text.add(token)
-                if alone:
-                    print(prompt if made == 1 else "", characters, sep="", end="", flush=True)
+            shown = [text.add(token) for text, token in zip(texts, new.tolist())]
+            if alone:
+                print(args.prompt if made == 1 else "", shown[0], sep="", end="", flush=True)
             if made == 2:  # what the prompt and the recording took is not decoding
                 began = time.perf_counter()
+    speed = ""
     if made > 2:
-        seconds = time.perf_counter() - began
-        speed = f", {(made - 2) * len(texts) / seconds:,.0f} tokens/s"
+        rate = (made - 2) * len(texts) / (time.perf_counter() - began)
+        speed = f", {rate:,.0f} tokens/s"
+    rests = [text.finish() for text in texts]
+    if alone:
+        print(rests[0])
     else:
-        speed = ""
-    for i, text in enumerate(texts):
-        rest = text.finish()
-        if alone:
-            print(rest)
-        else:
-            separator = "---------------\n" if i > 0 else ""
-            print(f"{separator}{prompt}{text.content}")
+        print("\n---------------\n".join(args.prompt + text.content for text in texts))
     ended = sum(text.ended for text in texts)
     report = f"{made * len(texts):,} tokens{speed}, {ended} of {len(texts)} ended by end-of-text"
     print(report, file=sys.stderr)
 
 
 def parse_flags(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     flag = functools.partial(parser.add_argument, metavar="")
     flag("--ckpt", default="out.pt", help="checkpoint, folder of transformers, or name on the hub")
     flag("--export", help="write the model to this folder for transformers, and end")
@@ -411,7 +388,9 @@ def parse_flags(argv):
     flag("--max_new_tokens", type=int, default=512, help="longest continuation (default: 512)")
     flag("--temperature", type=float, default=0.8, help="0 takes the likeliest (default: 0.8)")
     flag("--top_k", type=int, default=64, help="draw from the k likeliest; 0: off (default: 64)")
-    flag("--top_p", type=float, default=0.95, help="and from the fewest that hold this probability")
+    flag(
+        "--top_p", type=float, default=0.95, help="and from the fewest with this probability (0.95)"
+    )
     flag("--seed", type=int, help="the same seed gives the same text (default: another each time)")
     flag("--device", default="auto", help="cuda, mps, cpu; auto takes a GPU if there is one")
     flag("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
@@ -427,12 +406,14 @@ def parse_flags(argv):
 def main(argv=None):
     """The command line. Raises UserError for what cannot be done."""
     args = parse_flags(argv)
+    args.prompt = "" if args.chat is not None else read_text("prompt", args.prompt)
+    args.chat = read_text("chat", args.chat)
     model, tokenizer, end_tokens = load(args.ckpt)
     if args.export is None:
         sample(args, model, tokenizer, end_tokens)
         return
     export(model, tokenizer, args.export)
-    for line in llama_cpp_warnings(model.config):
+    for line in llama_cpp_warnings(model.config, tokenizer):
         print(f"warning: {line}", file=sys.stderr)
     print(f"{args.export}: {model.num_parameters():,} parameters")
 

@@ -48,7 +48,7 @@ def check_numbers(config, may_be_zero=()):
         value = getattr(config, field.name)
         smallest = 0 if field.name in may_be_zero else 1e-30
         if field.type in (int, float):
-            if not isinstance(value, (int, field.type)) or not smallest <= value < 2**31:
+            if type(value) not in (int, field.type) or not smallest <= value < 2**31:
                 raise UserError(f"{field.name} cannot be {value}")
 
 

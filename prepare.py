@@ -120,7 +120,7 @@ class Tokenizer:
 
 
 def byte_level(model, trainer=None, texts=()):
-    """The Tokenizer that splits text into words as GPT-2 does, and those into the model's tokens."""
+    """The Tokenizer that splits text into words as GPT-2 does, and words by a BPE model."""
     backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
@@ -159,17 +159,16 @@ def load_tokenizer(name):
 
     try:
         tiktoken.get_encoding("gpt2")  # downloads two files and checks them
-        files = [
-            tiktoken.load.read_file_cached(GPT2 + file) for file in ("encoder.json", "vocab.bpe")
-        ]
+        urls = (GPT2 + "encoder.json", GPT2 + "vocab.bpe")
+        words, merges = (tiktoken.load.read_file_cached(url).decode() for url in urls)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"cannot load GPT-2's vocabulary ({one_line(error)}): set TIKTOKEN_CACHE_DIR to a folder "
-            "with 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6 and 6d1cbeee0f20b3d9449abfede4726ed8212e3aee "
-            "of another machine's cache, or use --tokenizer 8192"
+            f"cannot load GPT-2's vocabulary ({one_line(error)}): set TIKTOKEN_CACHE_DIR to a "
+            "folder with another machine's 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6 and "
+            "6d1cbeee0f20b3d9449abfede4726ed8212e3aee, or use --tokenizer 8192"
         ) from error
-    merges = [tuple(line.split()) for line in files[1].decode().splitlines()[1:]]
-    return byte_level(tokenizers.models.BPE(json.loads(files[0]), merges))
+    pairs = [tuple(line.split()) for line in merges.splitlines()[1:]]
+    return byte_level(tokenizers.models.BPE(json.loads(words), pairs))
 
 
 # ---- models of transformers ----------------------------------------------------------------------
@@ -201,7 +200,7 @@ def model_folder(name, kinds="json|jinja"):
 
 
 def read_config(given):
-    """What config.json of a Gemma 3 holds -> GemmaConfig; ValueError for what is not implemented."""
+    """What config.json of a Gemma 3 holds -> GemmaConfig. ValueError for what is not implemented"""
     from gemma270m import GemmaConfig
 
     ropes = given.get("rope_parameters") or {}
@@ -210,14 +209,17 @@ def read_config(given):
         for name, value in IMPLEMENTED.items():
             if entries.get(name) not in (value, None):
                 raise ValueError(f"{name} {entries[name]} is not implemented")
-    types = given.get("layer_types") or []
-    every = [*types, "full_attention"].index("full_attention") + 1
-    every = every if types else given.get("_sliding_window_pattern", 6)
-    defaults = {"tie_word_embeddings": True, "sliding_window_pattern": every}
-    defaults |= {"rope_theta": full.get("rope_theta", 1e6), "rope_local_base_freq": 1e4}
-    if local is not ropes:
-        defaults["rope_local_base_freq"] = local["rope_theta"]
-    given = defaults | given
+    types = given.get("layer_types")
+    every = given.get("_sliding_window_pattern", 6)
+    if types:
+        every = [*types, "full_attention"].index("full_attention") + 1
+    given = {
+        "tie_word_embeddings": True,
+        "rope_theta": full.get("rope_theta", 1e6),
+        "rope_local_base_freq": 1e4 if local is ropes else local.get("rope_theta", 1e4),
+        "sliding_window_pattern": every,
+        **given,
+    }
     missing = FIELDS.keys() - given.keys()
     if missing:
         raise ValueError(f"config.json has no {min(missing)}")
@@ -227,54 +229,52 @@ def read_config(given):
     return config
 
 
-def read_weights(folder, config):
+def read_weights(folder):
     """The weights in a folder under our names, in their own dtype. Raises ValueError."""
-    import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from gemma270m import Gemma
-
-    names = ["model.safetensors"]
+    names = {"model.safetensors"}
     index = folder / "model.safetensors.index.json"
-    if index.exists() and not (folder / names[0]).exists():
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    if index.exists() and not (folder / "model.safetensors").exists():
+        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
     weights = {}
-    for name in names:
+    for name in sorted(names):
         if not (folder / name).exists():
             raise ValueError(f"there is no {name}, and pytorch_model.bin is not read")
-        weights |= load_file(folder / name)
-    weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
-    for name, weight in weights.items():
-        if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"{name} is {weight.dtype}, which is not implemented")
-        if not weight.isfinite().all():
-            raise ValueError(f"{name} is not finite")
-    if config.tie_embeddings and "lm_head.weight" in weights:
-        if not torch.equal(weights.pop("lm_head.weight"), weights["embed_tokens.weight"]):
-            raise ValueError("lm_head.weight is not the embedding, to which it is tied")
-    with torch.device("meta"):
-        Gemma(config).load_state_dict(weights, assign=True)
-    return weights
+        try:
+            weights |= load_file(folder / name)
+        except SafetensorError as error:
+            reason = f"damaged, not whole, or a pointer of git-lfs, to be pulled ({error})"
+            raise ValueError(f"{name} is {reason}") from error
+    return {name.removeprefix("model."): weight for name, weight in weights.items()}
 
 
 def read_model(name):
-    """A folder of transformers, or a model on the hub -> (GemmaConfig, weights, Tokenizer)."""
-    from safetensors import SafetensorError
+    """A folder of transformers, or a model on the hub -> (GemmaConfig, weights, Tokenizer)"""
+    import torch
+
+    from gemma270m import Gemma
 
     folder = model_folder(name, "json|jinja|safetensors")
     tokenizer = load_tokenizer(str(folder))
     try:
         config = read_config(json.loads((folder / "config.json").read_text("utf-8")))
-        weights = read_weights(folder, config)
-    except SafetensorError as error:
-        reason = "the weights are damaged, not whole, or pointers of git-lfs (git lfs pull)"
-        raise ValueError(f"{name} cannot be loaded: {reason}: {error}") from error
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(f"{tokenizer.vocab_size} words exceed vocab_size {config.vocab_size}")
+        weights = read_weights(folder)
+        for key, weight in weights.items():
+            if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+                raise ValueError(f"{key} is {weight.dtype}, which is not implemented")
+            if not weight.isfinite().all():
+                raise ValueError(f"{key} is not finite")
+        head = weights.pop("lm_head.weight", None) if config.tie_embeddings else None
+        with torch.device("meta"):
+            Gemma(config).load_state_dict(weights, assign=True)
+        if head is not None and not torch.equal(head, weights["embed_tokens.weight"]):
+            raise ValueError("lm_head.weight is not the embedding, to which it is tied")
     except (ValueError, OSError, RuntimeError) as error:
         raise ValueError(f"{name} cannot be loaded: {one_line(error)}") from error
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"{name}: {tokenizer.vocab_size} words exceed vocab_size {config.vocab_size}"
-        )
     return config, weights, tokenizer
 
 
@@ -469,27 +469,26 @@ def encode(documents, tokenizer, limit):
 def write_tokens(folder, dtype, encoded, total):
     """Writes {split: pairs (ids, ends)} to train.bin and val.bin -> counts of documents and tokens.
 
-    Without a split "val" it gets one training document of HELD_OUT, or the last HELD_OUT-th part of
-    fewer documents.
+    Without a split "val" it gets one training document of HELD_OUT, or, if they are fewer, the last
+    HELD_OUT-th part of their tokens.
     """
     counts = Counter(train_documents=0, val_documents=0, train_tokens=0, val_tokens=0)
-    paths = {split: folder / f"{split}.bin" for split in ("train", "val")}
-    with open(paths["train"], "wb") as train, open(paths["val"], "wb") as val:
+    train, val = (open(folder / f"{split}.bin", "wb+") for split in ("train", "val"))
+    with train, val:
         for split, pairs in encoded.items():
             for ids, ends in tqdm(pairs, total=total, unit=" parts", disable=None):
                 number = counts["train_documents"] + counts["val_documents"] + 1
-                if split == "val" or "val" not in encoded and number % HELD_OUT == 0:
-                    counts.update(val_documents=ends, val_tokens=len(ids))
-                    val.write(np.array(ids, dtype))
-                else:
-                    counts.update(train_documents=ends, train_tokens=len(ids))
-                    train.write(np.array(ids, dtype))
-    if not counts["val_tokens"]:
-        share = max(2, counts["train_tokens"] // HELD_OUT)
-        counts.update(val_documents=1, val_tokens=share, train_tokens=-share)
-        size = max(0, counts["train_tokens"]) * np.dtype(dtype).itemsize
-        np.fromfile(paths["train"], dtype, offset=size).tofile(paths["val"])
-        os.truncate(paths["train"], size)
+                held_out = "val" not in encoded and number % HELD_OUT == 0
+                place = "val" if held_out else split
+                (train if place == "train" else val).write(np.array(ids, dtype))
+                counts[f"{place}_documents"] += ends
+                counts[f"{place}_tokens"] += len(ids)
+        if not counts["val_tokens"] and counts["train_tokens"] > 3:
+            share = max(2, counts["train_tokens"] // HELD_OUT)
+            counts.update(val_documents=1, val_tokens=share, train_tokens=-share)
+            size = train.seek(counts["train_tokens"] * np.dtype(dtype).itemsize)
+            shutil.copyfileobj(train, val)
+            train.truncate(size)
     if min(counts["train_tokens"], counts["val_tokens"]) < 2:
         raise ValueError("there is too little text to train on and to validate with")
     return counts
@@ -564,7 +563,7 @@ def write_data(folder, args, source, texts, name, limit):
 
 
 def prepare(args):
-    """Makes the data folder that the flags ask for, or leaves it as it was; prints what it holds."""
+    """Makes the data folder that is asked for, or leaves it as it was, and prints what it holds."""
     decided = (args.tokenizer or args.model) and (args.input or args.limit)
     gpu = not decided and has_gpu()
     skipped = set() if args.skip_bad else None
@@ -574,10 +573,10 @@ def prepare(args):
     name = args.model or args.tokenizer or (SMALL_VOCABULARY if small else "gpt2")
     if not decided:
         amount = f"{limit:,}" if limit else "all"
-        choice = f"{amount} documents of {source}, tokenizer {name}"
         print(
-            f"{'A' if gpu else 'No'} GPU: {choice} (--limit and --tokenizer change it)", flush=True
+            f"{'A' if gpu else 'No'} GPU: {amount} documents of {source}, tokenizer {name}", end=""
         )
+        print("; --limit and --tokenizer change that", flush=True)
     out = Path(args.out_dir)
     new = out / ".new"
     made = not out.exists()
@@ -612,12 +611,8 @@ def main(argv=None):
     flag("--input", nargs="+", metavar="FILE", help=".txt, .jsonl, .json (also .gz, .xz), .parquet")
     flag("--val_input", nargs="+", metavar="FILE", help="else every 100th document is held out")
     flag("--limit", type=int, metavar="N", help="at most N training documents")
-    flag(
-        "--tokenizer", metavar="NAME", help="gpt2, a number of words to learn, a folder or hub name"
-    )
-    flag(
-        "--model", metavar="NAME", help="model to fine-tune with its tokenizer: folder or hub name"
-    )
+    flag("--tokenizer", metavar="NAME", help="gpt2, how many words to learn, or a model")
+    flag("--model", metavar="NAME", help="to fine-tune, a folder or hub name")
     flag("--out_dir", default="data", metavar="DIR", help="where to write; default: data")
     flag("--skip_bad", action="store_true", help="skip and count rows without text")
     args = parser.parse_args(argv)
@@ -629,13 +624,13 @@ def main(argv=None):
         parser.error("--limit must be 1 or more")
     try:
         prepare(args)
-        return 0
     except KeyboardInterrupt:
-        message, status = "interrupted", 130
+        print("prepare.py: interrupted", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
-        message, status = one_line(error), 1
-    print(f"prepare.py: error: {message}", file=sys.stderr)
-    return status
+        print(f"prepare.py: error: {one_line(error)}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -295,18 +295,22 @@ def read_text(flag, text):
 
 def chat_tokens(tokenizer, question):
     """The tokens of a question in the model's chat template, up to where the answer begins."""
+    from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     config = json.loads(tokenizer.files["tokenizer_config.json"])
     template = tokenizer.files.get("chat_template.jinja", config.get("chat_template"))
     if template is None:
         raise UserError("chat: this model has no chat template; use --prompt")
+    names = {"messages": [{"role": "user", "content": question}], "add_generation_prompt": True}
+    for name in ("bos_token", "eos_token"):
+        token = config.get(name)
+        names[name] = token["content"] if isinstance(token, dict) else token
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    messages = [{"role": "user", "content": question}]
-    names = {name: config.get(name) for name in ("bos_token", "eos_token")}
-    text = environment.from_string(template).render(
-        messages=messages, add_generation_prompt=True, **names
-    )
+    try:
+        text = environment.from_string(template).render(**names)
+    except TemplateError as error:
+        raise UserError(f"chat: the model's chat template fails: {error}") from error
     # Here the names of special tokens, such as <start_of_turn>, are not ordinary text.
     tokenizer.backend.encode_special_tokens = False
     tokens = tokenizer.encode(text)

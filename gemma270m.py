@@ -720,8 +720,10 @@ def train(config, model, data, state=None):
     while True:
         # validate at the start, at the end and in the step after each multiple of eval_interval
         iteration = step * accum
-        validating = step == steps or iteration % config.eval_interval < accum
-        if validating and not any(row["step"] == step and "val_loss" in row for row in rows):
+        validated = any(row["step"] == step and "val_loss" in row for row in rows)
+        due = step == steps or iteration % config.eval_interval < accum
+        validating = due and not validated
+        if validating:
             with torch.compiler.set_stance("force_eager"):  # another compilation is not worth it
                 val_loss = evaluate(model, val_data, config, bos, device, autocast, rank, world)
             if not math.isfinite(val_loss):
@@ -810,12 +812,11 @@ def main(argv=None):
     values = asdict(GemmaConfig()) | asdict(TrainConfig()) | given
     out = Path(values["out"])
     init = Path(values["data_dir"], "init.pt")
-    device = pick_device(values["device"])
     preset = values["preset"]
     if preset == "auto" and init.exists():
         preset = "finetune"
     elif preset == "auto":
-        preset = "270m" if device.type == "cuda" else "tiny"
+        preset = "270m" if pick_device(values["device"]).type == "cuda" else "tiny"
     values |= PRESETS[preset] | given | {"preset": preset}
     state = None
 
@@ -855,10 +856,13 @@ def main(argv=None):
     world = int(os.environ.get("WORLD_SIZE", 1))
     if config.grad_accum % world != 0:
         raise UserError(f"{world} processes cannot share grad_accum {config.grad_accum}")
+    if config.block_size > model.config.context_length:
+        raise UserError(f"block_size {config.block_size} exceeds the context of the model")
     steps = config.max_iters // config.grad_accum
     if state is not None and state["step"] >= steps:
         say(f"nothing is left to do: max_iters is {config.max_iters:,}")
         return
+    device = pick_device(config.device)
     # A resumed run will have the same dtype, wherever it runs.
     config.dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -311,13 +311,14 @@ def ask_hub(function, repo, **options):
             time.sleep(wait)
         else:
             break
-    cure = "wait some minutes and run this again"
     if status in (401, 403, 404):
         page = f"{constants.ENDPOINT}/{repo}"
-        cure = f"check the name, or accept the terms at {page} and run hf auth login"
-    if any(isinstance(cause, json.JSONDecodeError) for cause in causes):
-        cure = "it is not the hub that answers; is there a login page of this network?"
-    raise ValueError(f"{reason}: {cure}") from causes[0]
+        reason += f": check the name, or accept the terms at {page} and run hf auth login"
+    elif status:
+        reason += ": wait some minutes and run this again"
+    elif any(isinstance(cause, json.JSONDecodeError) for cause in causes):
+        reason += ": this is not the hub; does a login page of the network answer in its place?"
+    raise ValueError(reason) from causes[0]
 
 
 def hub_files(repo, kind, pattern):

@@ -716,7 +716,6 @@ def train(config, model, data, state=None):
         # As a CUDA graph: one call launches the thousands of kernels of a micro-batch.
         example = get_batch(train_data, [0] * config.batch_size, config.block_size, bos, device)
         micro_batch = torch.cuda.make_graphed_callables(micro_batch, example, num_warmup_iters=1)
-
     while True:
         # validate at the start, at the end and in the step after each multiple of eval_interval
         iteration = step * accum

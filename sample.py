@@ -196,14 +196,16 @@ def load(path):
             model, state = load_checkpoint(path)
             files = state.get("data", {}).get("tokenizer_files")
             if files is None:
-                raise UserError("it holds no tokenizer: it is of an earlier version, or no run")
+                raise UserError(
+                    f"{path} holds no tokenizer: it is of an earlier version, or no run"
+                )
             tokenizer = Tokenizer(files)
         else:
             config, weights, tokenizer = read_model(path)
             model = Gemma(config)
             model.load_state_dict(weights)
     except (ValueError, OSError) as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(str(error)) from error
     return model, tokenizer, tokenizer.end_tokens
 
 
@@ -215,7 +217,7 @@ pipeline_tag: text-generation
 A Gemma 3 text model of {parameters:,} parameters, exported by sample.py of gemma270m.py.
 
     from transformers import pipeline
-    pipeline("text-generation", "{folder}")("Once upon a time")
+    pipeline("text-generation", "{folder}")("{start}Once upon a time")
 """
 
 
@@ -247,7 +249,12 @@ def export(model, tokenizer, folder):
     tokenizer_config["model_max_length"] = c.context_length
     files["tokenizer_config.json"] = json.dumps(tokenizer_config, indent=2) + "\n"
     files["config.json"] = json.dumps(config, indent=2) + "\n"
-    files["README.md"] = MODEL_CARD.format(parameters=model.num_parameters(), folder=folder.name)
+    # transformers puts a start token before a prompt only if the tokenizer has one of its own.
+    start = ""
+    if tokenizer.bos_token is None:
+        start = tokenizer.backend.id_to_token(start_of_document(tokenizer))
+    card = {"parameters": model.num_parameters(), "folder": folder.name, "start": start}
+    files["README.md"] = MODEL_CARD.format(**card)
     weights = {}
     for name, weight in model.state_dict().items():
         official = name if name == "lm_head.weight" else f"model.{name}"
@@ -267,10 +274,8 @@ def export(model, tokenizer, folder):
 def llama_cpp_warnings(config, tokenizer):
     """What llama.cpp takes for granted and this model does not have, a line each."""
     lines = []
-    if config.full_attention_every != 6:
-        lines.append(
-            "llama.cpp takes full_attention_every 6, whatever config.json says: other text"
-        )
+    if config.full_attention_every not in (1, 6):
+        lines.append("llama.cpp takes full_attention_every as 6: it will give other text")
     if config.query_pre_attn_scalar != config.head_dim:
         lines.append("llama.cpp takes query_pre_attn_scalar as head_dim: it will give other text")
     if json.loads(tokenizer.files["tokenizer.json"])["model"].get("byte_fallback"):

@@ -52,7 +52,7 @@ END_OF_TEXT = "<|endoftext|>"
 TINYSTORIES = "roneneldan/TinyStories"
 ALL_STORIES = 2_119_719  # in its training split
 SMALL_STORIES = 10_000  # as many as the preset for a CPU can use in its few minutes
-SMALL_VOCABULARY = "2048"  # with GPT-2's words the head would be most of a small model's work
+SMALL_VOCABULARY = "4096"  # with GPT-2's words the head would be most of a small model's work
 BUILT_IN = "made-up stories of a small built-in grammar"
 HERE = Path(__file__).resolve().parent
 HELD_OUT = 100  # one document in so many is for validation
@@ -81,9 +81,12 @@ class Tokenizer:
         names = ("tokenizer_config.json", "config.json", "generation_config.json")
         try:
             self.backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
-            given, model, generation = (json.loads(files.get(name, "{}")) for name in names)
+            given, model, generation = (dict(json.loads(files.get(n, "{}"))) for n in names)
         except Exception as error:  # `tokenizers` raises nothing more special
-            raise ValueError(f"tokenizer.json is missing or damaged: {error!r}") from error
+            raise ValueError(
+                f"{', '.join(['tokenizer.json', *names])}: one is missing, damaged or a pointer of "
+                f"git-lfs, to be pulled: {error!r}"
+            ) from error
         self.backend.no_truncation()
         self.backend.no_padding()
         tokens = (given.get("bos_token"), given.get("eos_token"))
@@ -92,7 +95,8 @@ class Tokenizer:
         if eos is None:
             raise ValueError("tokenizer_config.json names no eos_token, which ends a document")
         adds_bos = given.get("add_bos_token") or self.backend.encode("").ids[:1] == [bos]
-        self.bos_token = bos if adds_bos else None
+        # Where both are the same token, the end of one document is the start of the next.
+        self.bos_token = bos if adds_bos and bos != eos else None
         ends = [eos]
         for others in (model.get("eos_token_id"), generation.get("eos_token_id")):
             ends += others if isinstance(others, list) else [others]
@@ -203,6 +207,8 @@ def read_config(given):
     """What config.json of a Gemma 3 holds -> GemmaConfig. ValueError for what is not implemented"""
     from gemma270m import GemmaConfig
 
+    if given.get("model_type") == "gemma3":
+        raise ValueError("it is multimodal, for text and images: take a text-only Gemma 3")
     ropes = given.get("rope_parameters") or {}
     full, local = (ropes.get(f"{kind}_attention", ropes) for kind in ("full", "sliding"))
     for entries in (given, full, local, given.get("rope_scaling") or {}):
@@ -273,7 +279,7 @@ def read_model(name):
             Gemma(config).load_state_dict(weights, assign=True)
         if head is not None and not torch.equal(head, weights["embed_tokens.weight"]):
             raise ValueError("lm_head.weight is not the embedding, to which it is tied")
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{name} cannot be loaded: {one_line(error)}") from error
     return config, weights, tokenizer
 
@@ -387,8 +393,9 @@ def read_rows(path, file):
         table = ParquetFile(path, buffer_size=2**20)
         if "text" not in table.schema_arrow.names:
             raise ValueError("there is no column `text`")
-        for batch in table.iter_batches(64, columns=["text"]):
-            yield from batch.column("text").to_pylist()
+        for group in range(table.num_row_groups):  # what has been read stays until its call ends
+            for batch in table.iter_batches(64, row_groups=[group], columns=["text"]):
+                yield from batch.column("text").to_pylist()
     else:
         for line in file:
             row = json.loads(line)

@@ -195,7 +195,7 @@ def load(path):
         if Path(path).is_file() or path.endswith(".pt"):
             model, state = load_checkpoint(path)
             files = state.get("data", {}).get("tokenizer_files")
-            if files is None:
+            if not files:
                 raise UserError(
                     f"{path} holds no tokenizer: it is of an earlier version, or no run"
                 )

@@ -1125,7 +1125,6 @@ def test_a_run_goes_on_with_other_data_only_if_they_are_named(run, tmp_path):
     refuses(gemma270m, flags(resume=True, max_iters=24, data_dir=mine, out=out), "vocabulary")
 
 
-# BUG 11: the last row saves the new block_size before it is refused.
 MISTAKES = """
 --data_dir=nowhere                           no usable data in nowhere
 --data_dir=short                             no usable data in short
@@ -1281,6 +1280,11 @@ def write_documents(path, documents):
 def validation(tmp_path):
     """Flags for a validation text, so that every document of the input is for training."""
     return "--val_input", write_documents(tmp_path / "validation.txt", ["validation"])
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(prepare, "has_gpu", lambda: False)
 
 
 def contents(folder):
@@ -1677,7 +1681,7 @@ def hub(tmp_path):
         sink = io.BytesIO()
         pyarrow.parquet.write_table(pyarrow.table({"text": stories}), sink, row_group_size=100)
         server.files[name] = sink.getvalue()
-    threading.Thread(target=server.serve_forever, daemon=True).start_prepare()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     server.url = f"http://127.0.0.1:{server.server_port}"
     yield server
     server.shutdown()
@@ -2079,16 +2083,17 @@ UNUSABLE = (  # changes after which a folder is refused, and a part of the reaso
     *(({CONFIG: {name: value}}, name) for name, value in OTHER_CONFIGS.items()),
     *(({CONFIG: {f"rope_{name}": LINEAR}}, "rope_type") for name in ("scaling", "parameters")),
     ({CONFIG: {"num_attention_heads": 0}}, "n_heads"),
-    ({CONFIG: '{"model_type": "gemma3", "text_config": {}}'}, "model_type gemma3"),
-    *(({CONFIG: text}, CONFIG) for text in (None, "[]")),  # BUG 14
+    ({CONFIG: '{"model_type": "gemma3", "text_config": {}}'}, "multimodal"),
+    ({CONFIG: None}, CONFIG),
+    ({CONFIG: "[]"}, "cannot be loaded"),
     *(({WEIGHTS: {NORM: value}}, NORM.removeprefix("model.")) for value in OTHER_WEIGHTS),
     *(({WEIGHTS: {name: torch.zeros(2)}}, name) for name in ("lm_head.weight", "more")),
     ({WEIGHTS: POINTER}, "git-lfs"),
     ({WEIGHTS: None, "pytorch_model.bin": ""}, "pytorch_model.bin is not read"),
     ({WEIGHTS: None, INDEX: json.dumps({"weight_map": {NORM: SHARD}})}, SHARD),
-    ({WEIGHTS: None, INDEX: "{}"}, "weight_map"),  # BUG 14
+    ({WEIGHTS: None, INDEX: "{}"}, "weight_map"),
     ({"tokenizer.json": None}, "tokenizer.json"),
-    *(({TOKENIZER: text}, "token") for text in (None, "[]", '{"eos_token": "no"}')),  # BUG 14
+    *(({TOKENIZER: text}, "token") for text in (None, "[]", '{"eos_token": "no"}')),
 )
 
 
@@ -2110,7 +2115,7 @@ odd_configs = st.tuples(st.just(CONFIG), st.dictionaries(entries, odd_values, ma
 all_files = st.sampled_from((CONFIG, WEIGHTS, "tokenizer.json", TOKENIZER))
 
 
-@given(change=st.tuples(all_files, damages()) | odd_configs)  # BUG 14
+@given(change=st.tuples(all_files, damages()) | odd_configs)
 def test_a_damaged_folder_tells_or_is_refused_in_one_line(gemma_folder, tmp_path_factory, change):
     folder = changed(gemma_folder, dict([change]), tmp_path_factory.mktemp("damaged"))
     try:
@@ -2139,7 +2144,7 @@ def test_a_chat_has_the_tokens_and_the_answer_of_transformers(
     assert tell(capsys, gemma_folder, chat=question, temperature=0).out == answer + "\n"
 
 
-@pytest.mark.parametrize("template", ("{% no %}", "{{ raise_exception('no') }}"))  # BUG 12
+@pytest.mark.parametrize("template", ("{% no %}", "{{ raise_exception('no') }}"))
 def test_a_chat_template_that_fails_is_refused(gemma_folder, tmp_path, template):
     folder = changed(gemma_folder, {"chat_template.jinja": template}, tmp_path)
     refuses(sample, ["--ckpt", folder, "--chat=hi"], "chat")
@@ -2216,7 +2221,7 @@ def test_an_export_has_what_other_tools_read(exported):
         assert (folder / "chat_template.jinja").read_text() == CHAT_TEMPLATE
         assert tokenizer.end_tokens == [1, 6]
         lacks = "tokenizer.model"
-    assert sample.load(str(folder))[1].bos_token == tokenizer.bos_token  # BUG 11
+    assert sample.load(str(folder))[1].bos_token == tokenizer.bos_token
     usual = toy_config(full_attention_every=6)
     (line,) = sample.llama_cpp_warnings(usual, tokenizer)
     assert lacks in line
@@ -2234,7 +2239,7 @@ def test_an_export_appears_whole_or_not_at_all(teller, tmp_path, capsys, error):
     assert not list(tmp_path.iterdir())
     folder.mkdir()
     sample.main(argv)
-    assert "warning: llama.cpp takes full_attention_every 6" in capsys.readouterr().err
+    assert "warning: llama.cpp takes full_attention_every as 6" in capsys.readouterr().err
     before = (folder / WEIGHTS).stat()
     refuses(sample, argv, folder, "is not empty")
     assert (folder / WEIGHTS).stat() == before
@@ -2335,7 +2340,12 @@ def test_recorded_steps_on_a_gpu_give_the_text_of_plain_generation(compiled):
 @pytest.mark.parametrize("dtype, apart", (("float32", 1e-3), ("bfloat16", 0.1), ("float16", 0.1)))
 @pytest.mark.parametrize("more", ({}, {"checkpoint_activations": True}), ids=str)
 @pytest.mark.parametrize("compiled", (False, True))
-def test_training_on_a_gpu_follows_that_on_a_cpu(run, whole, dtype, apart, more, compiled):
+def test_training_on_a_gpu_follows_that_on_a_cpu(
+    run, whole, monkeypatch, dtype, apart, more, compiled
+):
+    # From the usual scale the first updates would be skipped.
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=16.0)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
     state = run(device="cuda", dtype=dtype, compile=compiled, **more)
     expected = column(whole, "val_loss")
     assert column(state, "val_loss") == pytest.approx(expected, rel=0, abs=apart)

@@ -319,6 +319,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         head_grad = torch.zeros_like(matrix, dtype=torch.float32)
         x_grads = []
         total = 0.0
+        # 4,096 rows keep a GPU busy; with a larger vocabulary fewer fit.
         n = max(1, min(4096, LOGITS_AT_ONCE // V))
         for rows, row_targets in zip(x.split(n), targets.split(n)):
             logits = rows @ matrix.T  # (n, V)
@@ -347,6 +348,7 @@ class Gemma(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False
+        # compile_parts puts a compiled one in its place.
         self.gradient_and_loss = gradient_and_loss
         self.embed_tokens = nn.Embedding(config.vocab_size, config.emb_dim)
         self.layers = nn.ModuleList(Block(config, kind) for kind in config.layer_types)
@@ -570,14 +572,17 @@ def pick_device(name="auto"):
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cpu" and shutil.which("nvidia-smi"):
             say("device  nvidia-smi is there, but torch cannot use a GPU: check driver and torch")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        if name == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         # The sum fails on a GPU that torch's build does not serve.
-        return torch.ones(1, device=name).add(1).device
+        device = torch.ones(1, device=name).add(1).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"device {name} cannot be used: {reason}; try --device cpu") from error
+    return device
 
 
 def pick_dtype(name, device):
@@ -600,7 +605,7 @@ def prepare_model(model, config, device):
         model.compile_parts()
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
-    # Weight decay pulls on matrices, not on norms.
+    # Weight decay pulls on matrices; norms are few numbers, and 0 is where theirs begin.
     matrices = [weight for weight in model.parameters() if weight.ndim >= 2]
     norms = [weight for weight in model.parameters() if weight.ndim < 2]
     groups = [{"params": matrices}, {"params": norms, "weight_decay": 0.0}]
@@ -840,7 +845,7 @@ def main(argv=None):
         model, _ = load_checkpoint(init)
         say(f"start   from {init}, preset {preset} {PRESETS[preset]}")
     else:
-        # 3) start from scratch
+        # 3) start from scratch, with a vocabulary of the data's size
         data = load_data(values["data_dir"])
         torch.manual_seed(values["seed"])
         shape = values | {"vocab_size": data[2]["vocab_size"]} | given

@@ -2304,6 +2304,13 @@ def test_the_readme_stays_short():
 
 # ---- GPU -----------------------------------------------------------------------------------------
 
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
+def test_a_gpu_that_is_not_there_is_refused_in_one_line():
+    with pytest.raises(gemma270m.UserError, match="device cuda:0 cannot be used.*--device cpu"):
+        gemma270m.pick_device("cuda")
+
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 

@@ -592,7 +592,9 @@ def pick_dtype(name, device):
     if device.type == "cuda":
         # torch.cuda.is_bf16_supported() counts emulation and says yes on a T4.
         major, _ = torch.cuda.get_device_capability(device)
-        return {6: torch.float32, 7: torch.float16}.get(major, torch.bfloat16)
+        if major >= 8:
+            return torch.bfloat16
+        return torch.float16 if major == 7 else torch.float32
     has_bfloat16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
@@ -679,7 +681,10 @@ def save_run(path, state, needed):
 
 
 def forward_backward(model, autocast, scaler, accum, loss_sum, x, y):
-    """Adds the gradient of a micro-batch to the weights' .grad and its loss to loss_sum."""
+    """Adds the gradient of a micro-batch to the weights' .grad and its loss to loss_sum.
+
+    A function of its own, so that a CUDA graph can record it.
+    """
     with autocast:
         loss = model(x, y) / accum
     scaler.scale(loss).backward()
@@ -725,9 +730,9 @@ def train(config, model, data, state=None):
         # validate at the start, at the end and in the step after each multiple of eval_interval
         iteration = step * accum
         validated = any(row["step"] == step and "val_loss" in row for row in rows)
+        # A step passes `accum` iterations, so the multiple lies less than that behind.
         due = step == steps or iteration % config.eval_interval < accum
-        validating = due and not validated
-        if validating:
+        if due and not validated:
             with torch.compiler.set_stance("force_eager"):  # another compilation is not worth it
                 val_loss = evaluate(model, val_data, config, bos, device, autocast, rank, world)
             if not math.isfinite(val_loss):
@@ -736,7 +741,7 @@ def train(config, model, data, state=None):
 
         # save, and end if that is asked for
         stopping = any_process_stops(world)
-        if rank == 0 and (validating or stopping):
+        if rank == 0 and (stopping or due and not validated):
             state = {
                 "model_config": asdict(model.config), "train_config": asdict(config), "data": meta,
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(),

@@ -746,7 +746,7 @@ def wait_for_new(path, process):
 def test_kill_9_at_any_moment_loses_nothing_and_sighup_saves(run, start, tmp_path):
     kills = settings().max_examples // 4
     out = tmp_path / "out.pt"
-    given = dict(max_iters=20 * kills, eval_interval=2, log_interval=2)
+    given = dict(max_iters=400 + 20 * kills, eval_interval=2, log_interval=2)
     chance = random.Random(0)
     for kill in range(kills):
         number = signal.SIGHUP if kill % 5 == 1 else signal.SIGKILL

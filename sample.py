@@ -281,7 +281,7 @@ def llama_cpp_warnings(config, tokenizer):
     if json.loads(tokenizer.files["tokenizer.json"])["model"].get("byte_fallback"):
         lines.append("llama.cpp also wants tokenizer.model: copy it from the original's folder")
     elif tokenizer.vocab_size != 50_257:
-        lines.append("llama.cpp's converter knows GPT-2's words only: see README, Use it elsewhere")
+        lines.append("llama.cpp's converter knows GPT-2's words only: see README, Google's weights")
     return lines
 
 

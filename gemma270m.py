@@ -46,7 +46,7 @@ def check_numbers(config, may_be_zero=()):
     """Raises UserError that names the first number of a configuration that is out of range."""
     for field in fields(config):
         value = getattr(config, field.name)
-        smallest = 0 if field.name in may_be_zero else 1e-30
+        smallest = 0 if field.name in may_be_zero else 1e-30  # that is, above zero
         if field.type in (int, float):
             if type(value) not in (int, field.type) or not smallest <= value < 2**31:
                 raise UserError(f"{field.name} cannot be {value}")
@@ -98,7 +98,7 @@ class TrainConfig:
     batch_size: int = 32  # sequences in a micro-batch
     grad_accum: int = 32  # micro-batches, over all processes, in a step
     block_size: int = 512  # tokens in a training sequence
-    max_iters: int = 150_000  # length of the run, in iterations
+    max_iters: int = 150_000  # length of the run, in iterations (micro-batches, not updates)
     warmup_iters: int = 1_000  # iterations of linear warm-up
     lr: float = 1e-4  # peak learning rate
     min_lr: float = 1e-5  # learning rate at the end of the cosine
@@ -182,8 +182,8 @@ def causal_attention(q, k, v, window, scale):
         1 1 1 1 1       . . 1 1 1
     """
     B, H, T, _ = q.shape
-    # GPUs that train in bfloat16 have fast kernels. One of them lets query heads share a key/value
-    # head (gqa); for everything else each query head gets its own copy of it.
+    # The fast kernels of a GPU want bfloat16. That of case 1 lets query heads share a key/value
+    # head (gqa); everywhere else each query head gets its own copy of it.
     fast = q.is_cuda and q.dtype == torch.bfloat16
     shares = fast and T <= window
     if not shares:
@@ -234,6 +234,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(D, config.norm_eps)
         self.scale = config.query_pre_attn_scalar**-0.5
         self.head_dim = D
+        # The window of a full layer is the whole context, so that it hides nothing.
         is_full = layer_type == "full_attention"
         self.window = config.context_length if is_full else config.sliding_window
 
@@ -253,7 +254,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two layers, the hidden one gated by a tanh-GELU (arXiv 2002.05202). (B, T, E) -> as x"""
+    """A hidden layer that a tanh-GELU of the gate scales (arXiv 2002.05202). (B, T, E) -> as x"""
 
     def __init__(self, config):
         super().__init__()
@@ -282,7 +283,8 @@ class Block(nn.Module):
         self.post_feedforward_layernorm = RMSNorm(config.emb_dim, config.norm_eps)
 
     def forward(self, x, cos, sin, attend=causal_attention):
-        # A norm may scale its input beyond float16, so that first gets the residual's dtype.
+        # With float16, y is float16 and x float32. A norm returns its input's dtype and may exceed
+        # float16, so y is widened before the norm.
         y = self.self_attn(self.input_layernorm(x), cos, sin, attend)
         x = x + self.post_attention_layernorm(y.type_as(x))
         y = self.mlp(self.pre_feedforward_layernorm(x))
@@ -292,7 +294,8 @@ class Block(nn.Module):
 # ---- Loss ----------------------------------------------------------------------------------------
 
 # The logits of 32 x 512 tokens are 3.3 GB in float32, and their gradient as much again. So a chunk
-# of this many is made at a time, and its gradient is taken in the forward pass, before it goes.
+# of at most this many logits is made at a time, and its gradient is taken in the forward pass,
+# before it goes.
 LOGITS_AT_ONCE = 2**28
 
 
@@ -319,10 +322,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         head_grad = torch.zeros_like(matrix, dtype=torch.float32)
         x_grads = []
         total = 0.0
-        # 4,096 rows keep a GPU busy; with a larger vocabulary fewer fit.
+        # 4,096 rows keep a GPU busy; above 65,536 words fewer stay within LOGITS_AT_ONCE.
         n = max(1, min(4096, LOGITS_AT_ONCE // V))
         for rows, row_targets in zip(x.split(n), targets.split(n)):
-            logits = rows @ matrix.T  # (n, V)
+            logits = rows @ matrix.T  # (n or fewer, V padded)
             if training:
                 logits_grad, loss = gradient_and_loss(logits, row_targets, V)
                 x_grads.append(logits_grad @ matrix)
@@ -342,7 +345,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 # ---- Model ---------------------------------------------------------------------------------------
 class Gemma(nn.Module):
-    """Gemma 3. The names of its parameters are those of the official checkpoint."""
+    """Gemma 3. Its parameters have the official checkpoint's names, without the prefix "model."."""
 
     def __init__(self, config):
         super().__init__()
@@ -355,7 +358,7 @@ class Gemma(nn.Module):
         self.norm = RMSNorm(config.emb_dim, config.norm_eps)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
-        # A norm undoes the scale of the matrix before it, so a small matrix only learns faster.
+        # A norm follows most matrices and undoes their scale; an update changes a small one faster.
         for weight in self.parameters():
             if weight.ndim == 2:
                 nn.init.normal_(weight, std=0.005)
@@ -389,7 +392,8 @@ class Gemma(nn.Module):
             "full_attention": rope_table(positions, c.head_dim, c.rope_base),
         }
         x = self.embed_tokens(tokens)
-        x = x * torch.tensor(c.emb_dim**0.5, dtype=x.dtype)  # 25.25 in bfloat16, as in Gemma
+        # In the weights' own dtype, as in Gemma: 25.298, and for bfloat16 weights 25.25.
+        x = x * torch.tensor(c.emb_dim**0.5, dtype=x.dtype)
         # Under autocast the residual stream is bfloat16 too, which halves the memory to move. With
         # float16 it stays float32: Google's weights make it reach 1e5, and float16 ends at 65,504.
         if torch.is_autocast_enabled(x.device.type):
@@ -407,9 +411,10 @@ class Gemma(nn.Module):
         x = self.features(tokens)
         if targets is None:
             return F.linear(x, self.head)
-        rows = (x.flatten(0, 1), self.head, targets.flatten())
-        training = torch.is_grad_enabled()  # a Function cannot see it
-        loss = ChunkedCrossEntropy.apply(*rows, self.gradient_and_loss, training)
+        inputs = (x.flatten(0, 1), self.head, targets.flatten())
+        # Asked here, because inside of a Function gradients are always off.
+        training = torch.is_grad_enabled()
+        loss = ChunkedCrossEntropy.apply(*inputs, self.gradient_and_loss, training)
         return loss / (targets >= 0).sum().clamp(min=1)
 
     @torch.no_grad()
@@ -439,7 +444,7 @@ def load_data(folder):
         if not {"source", "bos_token", "end_tokens"} <= meta.keys():
             raise ValueError("meta.json is not whole")
         for part, length in ((train, meta["train_tokens"]), (val, meta["val_tokens"])):
-            if not len(part) == length >= 2 or part.max() >= meta["vocab_size"]:
+            if len(part) != length or length < 2 or part.max() >= meta["vocab_size"]:
                 raise ValueError("the tokens do not fit meta.json")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"no usable data in {folder} ({error}): run python prepare.py") from error
@@ -447,12 +452,12 @@ def load_data(folder):
 
 
 def count_blocks(n_tokens, block_size, bos):
-    """How many blocks cover the data; without a start token the first token is no target."""
+    """Blocks that cover the data. Behind a start token each token is a target, else all but one."""
     targets = n_tokens - 1 if bos is None else n_tokens
     return math.ceil(targets / block_size)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=2)  # a micro-batch may reach into the next epoch
 def block_order(n_blocks, seed, epoch):
     """The order in which an epoch visits the blocks of the training data."""
     return np.random.default_rng((seed, epoch)).permutation(n_blocks)
@@ -469,9 +474,9 @@ def training_blocks(iteration, batch_size, n_blocks, seed):
 
 
 def get_batch(data, blocks, block_size, bos, device):
-    """Inputs and targets, the same tokens one place apart; -1 past the end. -> 2 x (B, T)"""
+    """Inputs, and as targets the same tokens one place on; past the end 0 and -1. -> 2 x (B, T)"""
     rows = np.full((len(blocks), block_size + 1), -1, dtype=np.int64)
-    length = block_size + 1 if bos is None else block_size
+    length = block_size + 1 if bos is None else block_size  # leaves a place for the start token
     for row, block in zip(rows, blocks):
         piece = data[block * block_size :][:length]
         # Each row begins with one start token: without it Gemma predicts badly.
@@ -545,7 +550,7 @@ def load_checkpoint(path):
         model.load_state_dict(state["model"], assign=True)
         if not all(weight.isfinite().all() for weight in model.parameters()):
             raise ValueError("weights are not finite")
-    # A file that is damaged, or something else, raises many things.
+    # A damaged file, or one that is no checkpoint, may raise any of these.
     except (OSError, EOFError, RuntimeError, ValueError, TypeError, KeyError, AttributeError,
             zipfile.BadZipFile, pickle.UnpicklingError) as error:  # fmt: skip
         reason = " ".join(str(error).split())
@@ -607,7 +612,7 @@ def prepare_model(model, config, device):
         model.compile_parts()
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
-    # Weight decay pulls on matrices; norms are few numbers, and 0 is where theirs begin.
+    # Weight decay is for matrices: it would pull a norm's learned scale, 1 + weight, back to 1.
     matrices = [weight for weight in model.parameters() if weight.ndim >= 2]
     norms = [weight for weight in model.parameters() if weight.ndim < 2]
     groups = [{"params": matrices}, {"params": norms, "weight_decay": 0.0}]
@@ -703,7 +708,6 @@ def train(config, model, data, state=None):
     step_tokens = accum * config.batch_size * config.block_size
     bos = meta["bos_token"]
     n_blocks = count_blocks(len(train_data), config.block_size, bos)
-
     dtype = pick_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -716,23 +720,23 @@ def train(config, model, data, state=None):
     if state is not None:
         step, rows, skipped = state["step"], state["rows"], state["skipped"]
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"] or scaler.state_dict())
-
-    # The gradients of a step and its loss add up in tensors that stay where a CUDA graph has them.
+        scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # a disabled one saved {}
+    # Each step's gradients and loss add up in these tensors: a CUDA graph replays fixed addresses.
     loss_sum = torch.zeros((), device=device)
     sums = [loss_sum, *(weight.grad for weight in model.parameters())]
     micro_batch = functools.partial(forward_backward, model, autocast, scaler, accum, loss_sum)
     if device.type == "cuda":
-        # As a CUDA graph: one call launches the thousands of kernels of a micro-batch.
+        # One call launches the thousands of kernels of a micro-batch. Recording adds to the sums,
+        # but each step sets them to zero.
         example = get_batch(train_data, [0] * config.batch_size, config.block_size, bos, device)
         micro_batch = torch.cuda.make_graphed_callables(micro_batch, example, num_warmup_iters=1)
     while True:
-        # validate at the start, at the end and in the step after each multiple of eval_interval
+        # validate at the start, at the end and once a step has reached a multiple of eval_interval
         iteration = step * accum
         validated = any(row["step"] == step and "val_loss" in row for row in rows)
-        # A step passes `accum` iterations, so the multiple lies less than that behind.
         due = step == steps or iteration % config.eval_interval < accum
-        if due and not validated:
+        validating = due and not validated
+        if validating:
             with torch.compiler.set_stance("force_eager"):  # another compilation is not worth it
                 val_loss = evaluate(model, val_data, config, bos, device, autocast, rank, world)
             if not math.isfinite(val_loss):
@@ -741,13 +745,14 @@ def train(config, model, data, state=None):
 
         # save, and end if that is asked for
         stopping = any_process_stops(world)
-        if rank == 0 and (stopping or due and not validated):
-            state = {
+        if rank == 0 and (validating or stopping):
+            checkpoint = {
                 "model_config": asdict(model.config), "train_config": asdict(config), "data": meta,
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                 "scaler": scaler.state_dict(), "step": step, "rows": rows, "skipped": skipped,
             }  # fmt: skip
-            save_run(config.out, state, needed=stopping or step in (0, steps))
+            # At step 0 too: a path that cannot be written shows before hours of training.
+            save_run(config.out, checkpoint, needed=stopping or step in (0, steps))
         if stopping:
             say(f"stopped at iteration {iteration:,}; {config.out} is up to date, --resume goes on")
         if stopping or step == steps:
@@ -835,10 +840,11 @@ def main(argv=None):
         expected = {"train_config", "data", "optimizer", "scaler", "step", "rows", "skipped"}
         if not expected <= state.keys():
             raise UserError(f"resume: {out} is not of a run, or of an earlier version")
+        # The run's own settings replace those of the preset.
         values |= state["train_config"] | given | {"out": str(out)}
         data = load_data(values["data_dir"])
         # Other data are welcome where --data_dir names them and the vocabulary is the same.
-        must_agree = ["tokenizer_files"] if "data_dir" in given else data[2]
+        must_agree = ["tokenizer_files"] if "data_dir" in given else list(data[2])
         if any(state["data"].get(name) != data[2][name] for name in must_agree):
             raise UserError(f"resume: {out} has other data or another vocabulary; see --data_dir")
         say(f"resume  {out} after {state['step']:,} steps")
@@ -858,6 +864,7 @@ def main(argv=None):
         say(f"start   from scratch, preset {preset} {PRESETS[preset]}")
 
     config = make(TrainConfig, values)
+    # A flag that is no field of the model is compared with itself.
     if any(getattr(model.config, name, value) != value for name, value in given.items()):
         raise UserError("the model has another shape than the flags say")
     if data[2]["vocab_size"] > model.config.vocab_size:

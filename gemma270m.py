@@ -315,7 +315,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of the logits x @ head.T. x (N, E), head (V, E), targets (N,)"""
 
     @staticmethod
-    def forward(ctx, x, head, targets, gradient_and_loss, training):
+    def forward(ctx, x, head, targets, grad_function, training):
         V = len(head)
         # On a GPU, matrix products are faster when their sides are multiples of 64.
         matrix = F.pad(head.type_as(x), (0, 0, 0, -V % 64 if x.is_cuda else 0))
@@ -327,7 +327,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for rows, row_targets in zip(x.split(n), targets.split(n)):
             logits = rows @ matrix.T  # (n or fewer, V padded)
             if training:
-                logits_grad, loss = gradient_and_loss(logits, row_targets, V)
+                logits_grad, loss = grad_function(logits, row_targets, V)
                 x_grads.append(logits_grad @ matrix)
                 head_grad += logits_grad.T @ rows
             else:
@@ -769,7 +769,7 @@ def train(config, model, data, state=None):
             if stopping:
                 break
         if stopping:
-            continue  # to save; the resumed run takes this step from its start
+            continue  # and save, as the loop begins; a resumed run takes this step from its start
         if world > 1:
             for tensor in sums:
                 dist.all_reduce(tensor)
@@ -807,17 +807,17 @@ def parse_flags(argv):
         # The comment behind a field is the help text of its flag.
         comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.M))
         for field in fields(config):
-            kind = {"type": field.type, "choices": CHOICES.get(field.name)}
+            options = {"type": field.type, "choices": CHOICES.get(field.name)}
             if field.type in (bool, bool | None):
-                kind = {"action": argparse.BooleanOptionalAction}
+                options = {"action": argparse.BooleanOptionalAction}
             help = f"{comments[field.name]} (default: {field.default})"
-            parser.add_argument(f"--{field.name}", help=help, **kind)
+            parser.add_argument(f"--{field.name}", help=help, **options)
     return vars(parser.parse_args(argv))
 
 
-def make(kind, values):
+def make(config_class, values):
     """A configuration from those of the values that are its fields."""
-    return kind(**{field.name: values[field.name] for field in fields(kind)})
+    return config_class(**{field.name: values[field.name] for field in fields(config_class)})
 
 
 def main(argv=None):

@@ -63,6 +63,10 @@ WAITS = (1, 4, 16, 0)  # seconds between tries where the hub's client does not t
 GPT2 = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
 
+class UserError(ValueError):
+    """A mistake of the user or an answer of the hub: one line, without a traceback."""
+
+
 def one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
 
@@ -83,7 +87,7 @@ class Tokenizer:
             self.backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
             given, model, generation = (dict(json.loads(files.get(n, "{}"))) for n in names)
         except Exception as error:  # `tokenizers` raises nothing more special
-            raise ValueError(
+            raise UserError(
                 f"{', '.join(['tokenizer.json', *names])}: one is missing, damaged or a pointer of "
                 f"git-lfs, to be pulled: {error!r}"
             ) from error
@@ -93,7 +97,7 @@ class Tokenizer:
         tokens = (token["content"] if isinstance(token, dict) else token or "" for token in tokens)
         bos, eos = map(self.backend.token_to_id, tokens)
         if eos is None:
-            raise ValueError("tokenizer_config.json names no eos_token, which ends a document")
+            raise UserError("tokenizer_config.json names no eos_token, which ends a document")
         adds_bos = given.get("add_bos_token") or self.backend.encode("").ids[:1] == [bos]
         # Where both are the same token, the end of one document is the start of the next.
         self.bos_token = bos if adds_bos and bos != eos else None
@@ -143,7 +147,7 @@ def byte_level(model, trainer=None, texts=()):
 def learn_tokenizer(texts, size):
     """A vocabulary of `size` words, or as many as there are, learned from an iterator of texts."""
     if size < 257:
-        raise ValueError(f"a vocabulary of {size} is too small: 257 are the bytes and the end")
+        raise UserError(f"a vocabulary of {size} is too small: 257 are the bytes and the end")
     options = {"special_tokens": [END_OF_TEXT], "show_progress": False}
     options["initial_alphabet"] = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, **options)
@@ -158,7 +162,7 @@ def load_tokenizer(name):
         try:
             return Tokenizer({path.name: path.read_text("utf-8") for path in paths})
         except (ValueError, OSError) as error:
-            raise ValueError(f"the tokenizer of {name}: {one_line(error)}") from error
+            raise UserError(f"the tokenizer of {name}: {one_line(error)}") from error
     import tiktoken
 
     try:
@@ -166,7 +170,7 @@ def load_tokenizer(name):
         urls = (GPT2 + "encoder.json", GPT2 + "vocab.bpe")
         words, merges = (tiktoken.load.read_file_cached(url).decode() for url in urls)
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"cannot load GPT-2's vocabulary ({one_line(error)}): set TIKTOKEN_CACHE_DIR to a "
             "folder with another machine's 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6 and "
             "6d1cbeee0f20b3d9449abfede4726ed8212e3aee, or use --tokenizer 8192"
@@ -198,23 +202,23 @@ def model_folder(name, kinds="json|jinja"):
     if os.path.isdir(name):
         return Path(name)
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) or os.path.isdir(os.path.dirname(name)):
-        raise ValueError(f"there is no folder {name}")
+        raise UserError(f"there is no folder {name}")
     paths = [download() for download in hub_files(name, "model", rf"[^/]+\.({kinds})").values()]
     return Path(paths[0]).parent
 
 
 def read_config(given):
-    """What config.json of a Gemma 3 holds -> GemmaConfig. ValueError for what is not implemented"""
+    """What config.json of a Gemma 3 holds -> GemmaConfig. UserError for what is not implemented"""
     from gemma270m import GemmaConfig
 
     if given.get("model_type") == "gemma3":
-        raise ValueError("it is multimodal, for text and images: take a text-only Gemma 3")
+        raise UserError("it is multimodal, for text and images: take a text-only Gemma 3")
     ropes = given.get("rope_parameters") or {}
     full, local = (ropes.get(f"{kind}_attention", ropes) for kind in ("full", "sliding"))
     for entries in (given, full, local, given.get("rope_scaling") or {}):
         for name, value in IMPLEMENTED.items():
             if entries.get(name) not in (value, None):
-                raise ValueError(f"{name} {entries[name]} is not implemented")
+                raise UserError(f"{name} {entries[name]} is not implemented")
     types = given.get("layer_types")
     every = given.get("_sliding_window_pattern", 6)
     if types:
@@ -228,15 +232,15 @@ def read_config(given):
     }
     missing = FIELDS.keys() - given.keys()
     if missing:
-        raise ValueError(f"config.json has no {min(missing)}")
+        raise UserError(f"config.json has no {min(missing)}")
     config = GemmaConfig(**{ours: given[theirs] for theirs, ours in FIELDS.items()})
     if types and types != config.layer_types:
-        raise ValueError(f"layer_types {types} is not implemented")
+        raise UserError(f"layer_types {types} is not implemented")
     return config
 
 
 def read_weights(folder):
-    """The weights in a folder under our names, in their own dtype. Raises ValueError."""
+    """The weights in a folder under our names, in their own dtype. Raises UserError."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -247,12 +251,12 @@ def read_weights(folder):
     weights = {}
     for name in sorted(names):
         if not (folder / name).exists():
-            raise ValueError(f"there is no {name}, and pytorch_model.bin is not read")
+            raise UserError(f"there is no {name}, and pytorch_model.bin is not read")
         try:
             weights |= load_file(folder / name)
         except SafetensorError as error:
             reason = f"damaged, not whole, or a pointer of git-lfs, to be pulled ({error})"
-            raise ValueError(f"{name} is {reason}") from error
+            raise UserError(f"{name} is {reason}") from error
     return {name.removeprefix("model."): weight for name, weight in weights.items()}
 
 
@@ -267,20 +271,20 @@ def read_model(name):
     try:
         config = read_config(json.loads((folder / "config.json").read_text("utf-8")))
         if tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(f"{tokenizer.vocab_size} words exceed vocab_size {config.vocab_size}")
+            raise UserError(f"{tokenizer.vocab_size} words exceed vocab_size {config.vocab_size}")
         weights = read_weights(folder)
         for key, weight in weights.items():
             if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-                raise ValueError(f"{key} is {weight.dtype}, which is not implemented")
+                raise UserError(f"{key} is {weight.dtype}, which is not implemented")
             if not weight.isfinite().all():
-                raise ValueError(f"{key} is not finite")
+                raise UserError(f"{key} is not finite")
         head = weights.pop("lm_head.weight", None) if config.tie_embeddings else None
         with torch.device("meta"):
             Gemma(config).load_state_dict(weights, assign=True)
         if head is not None and not torch.equal(head, weights["embed_tokens.weight"]):
-            raise ValueError("lm_head.weight is not the embedding, to which it is tied")
+            raise UserError("lm_head.weight is not the embedding, to which it is tied")
     except (ValueError, OSError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{name} cannot be loaded: {one_line(error)}") from error
+        raise UserError(f"{name} cannot be loaded: {one_line(error)}") from error
     return config, weights, tokenizer
 
 
@@ -290,7 +294,7 @@ def read_model(name):
 def ask_hub(function, repo, **options):
     """function(repo, ...) of the hub's client, tried again after a passing fault.
 
-    Raises ConnectionError if there positively is no network, and else ValueError with the cure.
+    Raises ConnectionError if there positively is no network, and else UserError with the cure.
     """
     for wait in WAITS:
         try:
@@ -324,7 +328,7 @@ def ask_hub(function, repo, **options):
         reason += ": wait some minutes and run this again"
     elif any(isinstance(cause, json.JSONDecodeError) for cause in causes):
         reason += ": this is not the hub; does a login page of the network answer in its place?"
-    raise ValueError(reason) from causes[0]
+    raise UserError(reason) from causes[0]
 
 
 def hub_files(repo, kind, pattern):
@@ -346,7 +350,7 @@ def hub_files(repo, kind, pattern):
         files = {path.relative_to(newest).as_posix(): partial(str, path) for path in paths}
     found = {name: files[name] for name in sorted(files) if re.fullmatch(pattern, name)}
     if not found:
-        raise ValueError(f"{repo} holds nothing called {pattern}")
+        raise UserError(f"{repo} holds nothing called {pattern}")
     return found
 
 
@@ -392,7 +396,7 @@ def read_rows(path, file):
     if path.endswith(".parquet"):
         table = ParquetFile(path, buffer_size=2**20)
         if "text" not in table.schema_arrow.names:
-            raise ValueError("there is no column `text`")
+            raise UserError("there is no column `text`")
         for group in range(table.num_row_groups):  # what has been read stays until its call ends
             for batch in table.iter_batches(64, row_groups=[group], columns=["text"]):
                 yield from batch.column("text").to_pylist()
@@ -415,13 +419,13 @@ def read_files(patterns, skipped=None):
                     if isinstance(text, str) and text == text.encode("utf-8", "replace").decode():
                         yield text.removeprefix("\ufeff").replace("\r\n", "\n"), True
                     elif skipped is None:
-                        raise ValueError(f"row {number}: no text in `text`; see --skip_bad")
+                        raise UserError(f"row {number}: no text in `text`; see --skip_bad")
                     else:
                         skipped.add((path, number))
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8, perhaps UTF-16: save it as UTF-8") from error
+            raise UserError(f"{path} is not UTF-8, perhaps UTF-16: save it as UTF-8") from error
         except (ValueError, OSError, EOFError, zlib.error, lzma.LZMAError, ArrowException) as error:
-            raise ValueError(f"{path}: {one_line(error)}") from error
+            raise UserError(f"{path}: {one_line(error)}") from error
 
 
 def read_shards(files):
@@ -429,7 +433,7 @@ def read_shards(files):
     for download in files.values():
         yield from read_files([download()])
     if f"-of-{len(files):05}" not in min(files):  # the first ones are enough for as many stories
-        raise ValueError(f"only {len(files)} shards of {TINYSTORIES} are in the cache: go online")
+        raise UserError(f"only {len(files)} shards of {TINYSTORIES} are in the cache: go online")
 
 
 def make_stories(seed=0):
@@ -498,7 +502,7 @@ def write_tokens(folder, dtype, encoded, total):
             shutil.copyfileobj(train, val)
             train.truncate(size)
     if min(counts["train_tokens"], counts["val_tokens"]) < 2:
-        raise ValueError("there is too little text to train on and to validate with")
+        raise UserError("there is too little text to train on and to validate with")
     return counts
 
 
@@ -524,7 +528,7 @@ def choose_text(args, skipped):
     except ConnectionError as error:
         meta = Path(args.out_dir, "meta.json")
         if meta.exists() and BUILT_IN not in meta.read_text("utf-8"):
-            raise ValueError(f"{error}; {args.out_dir} keeps the data that it holds") from error
+            raise UserError(f"{error}; {args.out_dir} keeps the data that it holds") from error
         print(f"No TinyStories but {BUILT_IN}: {error}", flush=True)
         return BUILT_IN, {"train": make_stories, "val": partial(make_stories, 1)}
     train = {name: files[name] for name in files if name.startswith("data/train")}
@@ -635,7 +639,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("prepare.py: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"prepare.py: error: {one_line(error)}", file=sys.stderr)
         return 1
     return 0

@@ -1516,6 +1516,14 @@ def test_flags_that_do_not_fit_are_refused(capsys, argv):
     expect_refusal(capsys)
 
 
+def test_a_mistake_in_the_code_of_prepare_keeps_its_traceback(tmp_path, validation, monkeypatch):
+    path = write_documents(tmp_path / "a.txt", ["a story"])
+    monkeypatch.setattr(prepare, "encode", lambda *_: np.stack([np.zeros(3), np.zeros(4)]))
+    with pytest.raises(ValueError, match="same shape"):
+        run_prepare(tmp_path, "--input", path, *validation)
+    assert not (tmp_path / "data").exists()
+
+
 def test_new_data_replace_all_of_the_old(tmp_path, validation):
     path = write_documents(tmp_path / "a.txt", ["a story"])
     (tmp_path / "data").mkdir()

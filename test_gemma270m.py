@@ -1190,7 +1190,8 @@ def test_help_shows_every_field_with_its_comment_and_default(capsys):
         assert "".join(f"{comment} (default: {field.default})".split()) in text
 
 
-def test_a_mistake_and_ctrl_c_end_the_program_without_a_traceback(monkeypatch):
+def test_a_mistake_and_ctrl_c_end_the_program_without_a_traceback(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # the project's folder may hold an out.pt
     monkeypatch.setattr(sys, "argv", ["gemma270m.py", "--data_dir=nowhere"])
     with pytest.raises(SystemExit, match=r"^gemma270m\.py: error: no usable data in nowhere .*$"):
         runpy.run_path(gemma270m.__file__, run_name="__main__")

@@ -42,11 +42,12 @@ class UserError(ValueError):
     """A mistake of the user: at the command line one line, without a traceback."""
 
 
-def check_numbers(config, may_be_zero=()):
+def check_numbers(config):
     """Raises UserError that names the first number of a configuration that is out of range."""
     for field in fields(config):
         value = getattr(config, field.name)
-        smallest = 0 if field.name in may_be_zero else 1e-30  # that is, above zero
+        may_be_zero = field.type is float or field.name in ("warmup_iters", "seed")
+        smallest = 0 if may_be_zero else 1
         if field.type in (int, float):
             if type(value) not in (int, field.type) or not smallest <= value < 2**31:
                 raise UserError(f"{field.name} cannot be {value}")
@@ -116,12 +117,16 @@ class TrainConfig:
     checkpoint_activations: bool = False  # recompute blocks in the backward pass: less memory
 
     def __post_init__(self):
-        zeros = ("warmup_iters", "min_lr", "beta1", "beta2", "weight_decay", "grad_clip", "seed")
-        check_numbers(self, zeros)
+        check_numbers(self)
         if max(self.beta1, self.beta2) >= 1:
             raise UserError("beta1 and beta2 must be below 1")
         if self.max_iters < self.grad_accum:
             raise UserError(f"max_iters {self.max_iters} is less than a step, {self.grad_accum}")
+
+    @property
+    def steps(self):
+        """Updates in the run."""
+        return self.max_iters // self.grad_accum
 
 
 # Flags that a preset sets; those given beside it win.
@@ -183,18 +188,15 @@ def causal_attention(q, k, v, window, scale):
     """
     B, H, T, _ = q.shape
     # The fast kernels of a GPU want bfloat16. That of case 1 lets query heads share a key/value
-    # head (gqa); everywhere else each query head gets its own copy of it.
+    # head; everywhere else each query head gets its own copy of it.
     fast = q.is_cuda and q.dtype == torch.bfloat16
-    shares = fast and T <= window
-    if not shares:
+    if T > window or not fast:
         k = k.repeat_interleave(H // k.size(1), dim=1)  # (B, H, T, D)
         v = v.repeat_interleave(H // v.size(1), dim=1)
 
     # 1) The window hides nothing.
     if T <= window:
-        return F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=shares
-        )
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=fast)
 
     # 2) A kernel skips what the window hides. Its import takes a second, and only a GPU has it.
     if fast:
@@ -315,7 +317,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of the logits x @ head.T. x (N, E), head (V, E), targets (N,)"""
 
     @staticmethod
-    def forward(ctx, x, head, targets, grad_function, training):
+    def forward(ctx, x, head, targets, gradient_and_loss):
         V = len(head)
         # On a GPU, matrix products are faster when their sides are multiples of 64.
         matrix = F.pad(head.type_as(x), (0, 0, 0, -V % 64 if x.is_cuda else 0))
@@ -323,24 +325,24 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         x_grads = []
         total = 0.0
         # 4,096 rows keep a GPU busy; above 65,536 words fewer stay within LOGITS_AT_ONCE.
-        n = max(1, min(4096, LOGITS_AT_ONCE // V))
+        n = min(4096, LOGITS_AT_ONCE // V)
         for rows, row_targets in zip(x.split(n), targets.split(n)):
             logits = rows @ matrix.T  # (n or fewer, V padded)
-            if training:
-                logits_grad, loss = grad_function(logits, row_targets, V)
+            if ctx.needs_input_grad[0]:  # that is, in training
+                logits_grad, loss = gradient_and_loss(logits, row_targets, V)
                 x_grads.append(logits_grad @ matrix)
                 head_grad += logits_grad.T @ rows
             else:
                 loss = summed_cross_entropy(logits, row_targets, V)
             total += loss
-        if training:
+        if x_grads:
             ctx.save_for_backward(torch.cat(x_grads), head_grad[:V])
         return total
 
     @staticmethod
     def backward(ctx, scale):
         x_grad, head_grad = ctx.saved_tensors
-        return scale * x_grad, scale * head_grad, None, None, None
+        return scale * x_grad, scale * head_grad, None, None
 
 
 # ---- Model ---------------------------------------------------------------------------------------
@@ -373,10 +375,10 @@ class Gemma(nn.Module):
         """Trainable numbers; those of a tied head count once."""
         return sum(weight.numel() for weight in self.parameters())
 
-    def compile_parts(self):
+    def compile_parts(self, **options):
         """Compiles what repeats: about as fast as torch.compile(model), and ready much sooner."""
         for block in self.layers:
-            block.compile(dynamic=False)
+            block.compile(dynamic=False, options=options)
         self.gradient_and_loss = torch.compile(gradient_and_loss, dynamic=False)
 
     def features(self, tokens, start=0, attends=None):
@@ -412,9 +414,7 @@ class Gemma(nn.Module):
         if targets is None:
             return F.linear(x, self.head)
         inputs = (x.flatten(0, 1), self.head, targets.flatten())
-        # Asked here, because inside of a Function gradients are always off.
-        training = torch.is_grad_enabled()
-        loss = ChunkedCrossEntropy.apply(*inputs, self.gradient_and_loss, training)
+        loss = ChunkedCrossEntropy.apply(*inputs, self.gradient_and_loss)
         return loss / (targets >= 0).sum().clamp(min=1)
 
     @torch.no_grad()
@@ -492,13 +492,12 @@ def get_batch(data, blocks, block_size, bos, device):
 
 def learning_rate(config, step):
     """Linear warm-up to lr, then a cosine that reaches min_lr in the last step."""
-    steps = config.max_iters // config.grad_accum
     warmup_steps = config.warmup_iters / config.grad_accum
     # 1) linear warm-up
     if step + 1 < warmup_steps:
         return config.lr * (step + 1) / warmup_steps
     # 2) cosine from lr down to min_lr
-    progress = (step + 1 - warmup_steps) / max(1, steps - warmup_steps)
+    progress = (step + 1 - warmup_steps) / max(1, config.steps - warmup_steps)
     cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
     return config.min_lr + cosine * (config.lr - config.min_lr)
 
@@ -548,8 +547,6 @@ def load_checkpoint(path):
         with torch.device("meta"):
             model = Gemma(GemmaConfig(**state["model_config"]))
         model.load_state_dict(state["model"], assign=True)
-        if not all(weight.isfinite().all() for weight in model.parameters()):
-            raise ValueError("weights are not finite")
     # A damaged file, or one that is no checkpoint, may raise any of these.
     except (OSError, EOFError, RuntimeError, ValueError, TypeError, KeyError, AttributeError,
             zipfile.BadZipFile, pickle.UnpicklingError) as error:  # fmt: skip
@@ -570,13 +567,10 @@ def say(line):
         os.dup2(nowhere, sys.stdout.fileno())
 
 
-@functools.cache  # main and train ask; the hint is said once
 def pick_device(name="auto"):
     """The torch.device, under torchrun each process's own GPU. UserError if it cannot compute."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu" and shutil.which("nvidia-smi"):
-            say("device  nvidia-smi is there, but torch cannot use a GPU: check driver and torch")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -640,26 +634,6 @@ def any_process_stops(world):
     return bool(stops)
 
 
-@contextlib.contextmanager
-def processes_and_signals(world, device):
-    """Joins the processes and lets signals request a stop; puts both back whatever happens."""
-    if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    stop_times.clear()
-    previous = {}
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            previous[number] = signal.signal(number, request_stop)
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        if world > 1:
-            dist.destroy_process_group()
-
-
 def log(rows, **row):
     """Adds a row to the log and prints it."""
     rows.append(row)
@@ -697,15 +671,12 @@ def forward_backward(model, autocast, scaler, accum, loss_sum, x, y):
     return loss_sum
 
 
-def train(config, model, data, state=None):
+def train(config, model, train_data, val_data, meta, state=None):
     """Trains model on what load_data gave; state: a checkpoint's, to resume. Raises UserError."""
-    train_data, val_data, meta = data
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(config.device)
     accum = config.grad_accum
-    steps = config.max_iters // accum
-    step_tokens = accum * config.batch_size * config.block_size
     bos = meta["bos_token"]
     n_blocks = count_blocks(len(train_data), config.block_size, bos)
     dtype = pick_dtype(config.dtype, device)
@@ -718,7 +689,9 @@ def train(config, model, data, state=None):
     skipped = 0  # updates left out because the gradient was not finite
     faults = 0  # such updates in a row
     if state is not None:
-        step, rows, skipped = state["step"], state["rows"], state["skipped"]
+        step = state["step"]
+        rows = state["rows"]
+        skipped = state["skipped"]
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # a disabled one saved {}
     # Each step's gradients and loss add up in these tensors: a CUDA graph replays fixed addresses.
@@ -734,7 +707,7 @@ def train(config, model, data, state=None):
         # validate at the start, at the end and once a step has reached a multiple of eval_interval
         iteration = step * accum
         validated = any(row["step"] == step and "val_loss" in row for row in rows)
-        due = step == steps or iteration % config.eval_interval < accum
+        due = step == config.steps or iteration % config.eval_interval < accum
         validating = due and not validated
         if validating:
             with torch.compiler.set_stance("force_eager"):  # another compilation is not worth it
@@ -752,10 +725,10 @@ def train(config, model, data, state=None):
                 "scaler": scaler.state_dict(), "step": step, "rows": rows, "skipped": skipped,
             }  # fmt: skip
             # At step 0 too: a path that cannot be written shows before hours of training.
-            save_run(config.out, checkpoint, needed=stopping or step in (0, steps))
+            save_run(config.out, checkpoint, needed=stopping or step in (0, config.steps))
         if stopping:
             say(f"stopped at iteration {iteration:,}; {config.out} is up to date, --resume goes on")
-        if stopping or step == steps:
+        if stopping or step == config.steps:
             break
 
         # forward and backward of this process's share of the step's micro-batches
@@ -787,13 +760,13 @@ def train(config, model, data, state=None):
         step += 1
         skipped += not finite
         faults = 0 if finite else faults + 1
-        # A scaler needs some steps to find its scale.
-        if faults == (25 if scaler.is_enabled() else 3):
+        if faults == 25:  # a scaler needs some to find its scale
             raise UserError(f"no finite gradient in {faults} steps up to {step}, lr {lr:.1e}")
 
         # log
-        if step == steps or step * accum % config.log_interval < accum:
-            speed = round(step_tokens / (time.perf_counter() - started))
+        if step == config.steps or step * accum % config.log_interval < accum:
+            tokens = accum * config.batch_size * config.block_size
+            speed = round(tokens / (time.perf_counter() - started))
             loss = loss_sum.item()
             values = {"train_loss": loss, "lr": lr, "grad_norm": norm, "skipped": skipped}
             log(rows, iteration=step * accum, step=step, **values, tokens_per_second=speed)
@@ -832,61 +805,68 @@ def main(argv=None):
     elif preset == "auto":
         preset = "270m" if pick_device(values["device"]).type == "cuda" else "tiny"
     values |= PRESETS[preset] | given | {"preset": preset}
+    if out.exists() and not values["resume"] and not values["overwrite"]:
+        raise UserError(f"{out} exists: --resume goes on with it, --overwrite starts anew")
     state = None
 
     if values["resume"] and out.exists():
-        # 1) go on with the run in --out
+        # 1) go on with the run in --out: its own settings replace those of the preset
         model, state = load_checkpoint(out)
-        expected = {"train_config", "data", "optimizer", "scaler", "step", "rows", "skipped"}
-        if not expected <= state.keys():
+        run_parts = {"train_config", "data", "optimizer", "scaler", "step", "rows", "skipped"}
+        if not run_parts <= state.keys():
             raise UserError(f"resume: {out} is not of a run, or of an earlier version")
-        # The run's own settings replace those of the preset.
         values |= state["train_config"] | given | {"out": str(out)}
-        data = load_data(values["data_dir"])
+        train_data, val_data, meta = load_data(values["data_dir"])
         # Other data are welcome where --data_dir names them and the vocabulary is the same.
-        must_agree = ["tokenizer_files"] if "data_dir" in given else list(data[2])
-        if any(state["data"].get(name) != data[2][name] for name in must_agree):
+        same_words = state["data"]["tokenizer_files"] == meta["tokenizer_files"]
+        if not same_words or ("data_dir" not in given and state["data"] != meta):
             raise UserError(f"resume: {out} has other data or another vocabulary; see --data_dir")
         say(f"resume  {out} after {state['step']:,} steps")
-    elif out.exists() and not values["overwrite"]:
-        raise UserError(f"{out} exists: --resume goes on with it, --overwrite starts anew")
     elif preset == "finetune":
         # 2) start from the weights that prepare.py --model has put beside the data
-        data = load_data(values["data_dir"])
+        train_data, val_data, meta = load_data(values["data_dir"])
         model, _ = load_checkpoint(init)
         say(f"start   from {init}, preset {preset} {PRESETS[preset]}")
     else:
         # 3) start from scratch, with a vocabulary of the data's size
-        data = load_data(values["data_dir"])
+        train_data, val_data, meta = load_data(values["data_dir"])
         torch.manual_seed(values["seed"])
-        shape = values | {"vocab_size": data[2]["vocab_size"]} | given
-        model = Gemma(make(GemmaConfig, shape))
+        model = Gemma(make(GemmaConfig, values | {"vocab_size": meta["vocab_size"]} | given))
         say(f"start   from scratch, preset {preset} {PRESETS[preset]}")
 
     config = make(TrainConfig, values)
     # A flag that is no field of the model is compared with itself.
     if any(getattr(model.config, name, value) != value for name, value in given.items()):
         raise UserError("the model has another shape than the flags say")
-    if data[2]["vocab_size"] > model.config.vocab_size:
+    if meta["vocab_size"] > model.config.vocab_size:
         raise UserError(f"vocab_size {model.config.vocab_size} is less than that of the data")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if config.grad_accum % world != 0:
         raise UserError(f"{world} processes cannot share grad_accum {config.grad_accum}")
-    if config.block_size > model.config.context_length:
-        raise UserError(f"block_size {config.block_size} exceeds the context of the model")
-    steps = config.max_iters // config.grad_accum
-    if state is not None and state["step"] >= steps:
+    if state is not None and state["step"] >= config.steps:
         say(f"nothing is left to do: max_iters is {config.max_iters:,}")
         return
     device = pick_device(config.device)
+    if device.type == "cpu" and config.device == "auto" and shutil.which("nvidia-smi"):
+        say("device  nvidia-smi is there, but torch cannot use a GPU: check driver and torch")
     # A resumed run will have the same dtype, wherever it runs.
     config.dtype = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    say(f"data    {data[2]['source']}, {len(data[0]):,} + {len(data[1]):,} tokens")
+    say(f"data    {meta['source']}, {len(train_data):,} + {len(val_data):,} tokens")
     say(f"model   {model.num_parameters():,} parameters, {model.config.vocab_size:,} words")
-    say(f"run     {steps:,} steps on {world} x {name} in {config.dtype}, to {config.out}")
-    with processes_and_signals(world, device):
-        train(config, model, data, state)
+    say(f"run     {config.steps:,} steps on {world} x {name} in {config.dtype}, to {out}")
+
+    # Whatever happens, the process group and the handlers of signals are put back.
+    with contextlib.ExitStack() as at_end:
+        if world > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            at_end.callback(dist.destroy_process_group)
+        stop_times.clear()
+        for signal_name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, signal_name, None)  # Windows has no SIGHUP
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                at_end.callback(signal.signal, number, signal.signal(number, request_stop))
+        train(config, model, train_data, val_data, meta, state)
 
 
 if __name__ == "__main__":

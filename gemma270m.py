@@ -48,7 +48,7 @@ def check_numbers(config):
         value = getattr(config, field.name)
         may_be_zero = field.type is float or field.name in ("warmup_iters", "seed")
         smallest = 0 if may_be_zero else 1
-        if field.type in (int, float):
+        if field.type in (int, float):  # an int may stand for a float
             if type(value) not in (int, field.type) or not smallest <= value < 2**31:
                 raise UserError(f"{field.name} cannot be {value}")
 
@@ -89,7 +89,7 @@ class GemmaConfig:
 
 @dataclass
 class TrainConfig:
-    """One training run. An iteration is one micro-batch; a step is one update, after grad_accum."""
+    """One training run. An iteration is one micro-batch, grad_accum of them a step: one update."""
 
     preset: str = "auto"  # auto: finetune where the data have init.pt, else 270m on a GPU, or tiny
     data_dir: str = "data"  # folder that prepare.py wrote
@@ -187,8 +187,8 @@ def causal_attention(q, k, v, window, scale):
         1 1 1 1 1       . . 1 1 1
     """
     B, H, T, _ = q.shape
-    # The fast kernels of a GPU want bfloat16. That of case 1 lets query heads share a key/value
-    # head; everywhere else each query head gets its own copy of it.
+    # A GPU with bfloat16 has the fastest kernels. The one used in case 1 lets query heads share a
+    # key/value head; everywhere else each query head gets its own copy of it.
     fast = q.is_cuda and q.dtype == torch.bfloat16
     if T > window or not fast:
         k = k.repeat_interleave(H // k.size(1), dim=1)  # (B, H, T, D)
@@ -203,9 +203,9 @@ def causal_attention(q, k, v, window, scale):
         from torch.nn.attention.varlen import varlen_attn
 
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B * T, H, D)
-        starts = torch.arange(B + 1, device=q.device, dtype=torch.int32) * T  # of each sequence
+        bounds = torch.arange(B + 1, device=q.device, dtype=torch.int32) * T  # of the sequences
         keys = (window - 1, 0)  # before the query and after it
-        y = varlen_attn(q, k, v, starts, starts, T, T, scale=scale, window_size=keys)
+        y = varlen_attn(q, k, v, bounds, bounds, T, T, scale=scale, window_size=keys)
         return y.unflatten(0, (B, T)).transpose(1, 2)
 
     # 3) In blocks of `window` queries, so that time and memory grow with T and not with T x T:
@@ -256,7 +256,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """A hidden layer that a tanh-GELU of the gate scales (arXiv 2002.05202). (B, T, E) -> as x"""
+    """A hidden layer times the tanh-GELU of a gate: GeGLU (arXiv 2002.05202). (B, T, E) -> as x"""
 
     def __init__(self, config):
         super().__init__()
@@ -285,8 +285,8 @@ class Block(nn.Module):
         self.post_feedforward_layernorm = RMSNorm(config.emb_dim, config.norm_eps)
 
     def forward(self, x, cos, sin, attend=causal_attention):
-        # With float16, y is float16 and x float32. A norm returns its input's dtype and may exceed
-        # float16, so y is widened before the norm.
+        # With float16 the stream x is float32 (see Gemma.features), and y float16. A norm returns
+        # its input's dtype and may exceed float16, so y is widened before the norm.
         y = self.self_attn(self.input_layernorm(x), cos, sin, attend)
         x = x + self.post_attention_layernorm(y.type_as(x))
         y = self.mlp(self.pre_feedforward_layernorm(x))
@@ -294,7 +294,6 @@ class Block(nn.Module):
 
 
 # ---- Loss ----------------------------------------------------------------------------------------
-
 # The logits of 32 x 512 tokens are 3.3 GB in float32, and their gradient as much again. So a chunk
 # of at most this many logits is made at a time, and its gradient is taken in the forward pass,
 # before it goes.
@@ -304,13 +303,10 @@ LOGITS_AT_ONCE = 2**28
 def summed_cross_entropy(logits, targets, vocab_size):
     """Over the rows whose target is not -1. logits (N, V or more), targets (N,) -> a scalar"""
     logits = logits.float()
-    if logits.size(1) > vocab_size:  # the rest is padding
+    if logits.size(1) > vocab_size:  # the last columns only pad the head, see below
         columns = torch.arange(logits.size(1), device=logits.device)
         logits = logits.masked_fill(columns >= vocab_size, -math.inf)
     return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
-
-
-gradient_and_loss = torch.func.grad_and_value(summed_cross_entropy)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -319,8 +315,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, head, targets, gradient_and_loss):
         V = len(head)
-        # On a GPU, matrix products are faster when their sides are multiples of 64.
-        matrix = F.pad(head.type_as(x), (0, 0, 0, -V % 64 if x.is_cuda else 0))
+        matrix = head.type_as(x)
+        if x.is_cuda:  # whose matrix products are faster when their sides are multiples of 64
+            matrix = F.pad(matrix, (0, 0, 0, -V % 64))
         head_grad = torch.zeros_like(matrix, dtype=torch.float32)
         x_grads = []
         total = 0.0
@@ -353,14 +350,14 @@ class Gemma(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False
-        # compile_parts puts a compiled one in its place.
-        self.gradient_and_loss = gradient_and_loss
+        # Kept here so that compile_parts can replace it.
+        self.gradient_and_loss = torch.func.grad_and_value(summed_cross_entropy)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.emb_dim)
         self.layers = nn.ModuleList(Block(config, kind) for kind in config.layer_types)
         self.norm = RMSNorm(config.emb_dim, config.norm_eps)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
-        # A norm follows most matrices and undoes their scale; an update changes a small one faster.
+        # Most have a norm behind them, so scale only sets their pace: small weights learn faster.
         for weight in self.parameters():
             if weight.ndim == 2:
                 nn.init.normal_(weight, std=0.005)
@@ -376,10 +373,10 @@ class Gemma(nn.Module):
         return sum(weight.numel() for weight in self.parameters())
 
     def compile_parts(self, **options):
-        """Compiles what repeats: about as fast as torch.compile(model), and ready much sooner."""
+        """Compiles what repeats, ready sooner than torch.compile(model); sample.py has options."""
         for block in self.layers:
             block.compile(dynamic=False, options=options)
-        self.gradient_and_loss = torch.compile(gradient_and_loss, dynamic=False)
+        self.gradient_and_loss = torch.compile(self.gradient_and_loss, dynamic=False)
 
     def features(self, tokens, start=0, attends=None):
         """What the head reads. tokens (B, T) at positions start, start + 1, ... -> (B, T, E)"""
@@ -452,7 +449,7 @@ def load_data(folder):
 
 
 def count_blocks(n_tokens, block_size, bos):
-    """Blocks that cover the data. Behind a start token each token is a target, else all but one."""
+    """Blocks that cover the data. With bos each token is a target, without it all but the first."""
     targets = n_tokens - 1 if bos is None else n_tokens
     return math.ceil(targets / block_size)
 
@@ -474,7 +471,7 @@ def training_blocks(iteration, batch_size, n_blocks, seed):
 
 
 def get_batch(data, blocks, block_size, bos, device):
-    """Inputs, and as targets the same tokens one place on; past the end 0 and -1. -> 2 x (B, T)"""
+    """Inputs, and as targets the same tokens one place on, padded with 0 and -1. -> 2 x (B, T)"""
     rows = np.full((len(blocks), block_size + 1), -1, dtype=np.int64)
     length = block_size + 1 if bos is None else block_size  # leaves a place for the start token
     for row, block in zip(rows, blocks):
@@ -493,12 +490,10 @@ def get_batch(data, blocks, block_size, bos, device):
 def learning_rate(config, step):
     """Linear warm-up to lr, then a cosine that reaches min_lr in the last step."""
     warmup_steps = config.warmup_iters / config.grad_accum
-    # 1) linear warm-up
     if step + 1 < warmup_steps:
         return config.lr * (step + 1) / warmup_steps
-    # 2) cosine from lr down to min_lr
     progress = (step + 1 - warmup_steps) / max(1, config.steps - warmup_steps)
-    cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
     return config.min_lr + cosine * (config.lr - config.min_lr)
 
 
@@ -599,7 +594,7 @@ def pick_dtype(name, device):
 
 
 def prepare_model(model, config, device):
-    """Puts the model on its device, with gradients of zero. -> its optimizer"""
+    """Puts the model on its device, with a .grad that train will keep. -> its optimizer"""
     model.to(device)
     model.checkpoint_activations = config.checkpoint_activations
     if config.compile or (config.compile is None and device.type == "cuda"):
@@ -619,7 +614,7 @@ stop_times = []  # when signals came that end the run; empty while it goes on
 
 def request_stop(number, frame):
     """Handles a signal: the first one lets the run save and end, a second one ends it at once."""
-    # Under torchrun each Ctrl-C arrives twice, so only one that comes a second later is another.
+    # Under torchrun each Ctrl-C arrives twice: what follows within a second is its echo.
     if stop_times and time.monotonic() - stop_times[0] > 1:
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
@@ -660,15 +655,12 @@ def save_run(path, state, needed):
 
 
 def forward_backward(model, autocast, scaler, accum, loss_sum, x, y):
-    """Adds the gradient of a micro-batch to the weights' .grad and its loss to loss_sum.
-
-    A function of its own, so that a CUDA graph can record it.
-    """
+    """Adds a micro-batch's gradient to .grad and its loss to loss_sum; a CUDA graph records it."""
     with autocast:
         loss = model(x, y) / accum
     scaler.scale(loss).backward()
     loss_sum += loss.detach()
-    return loss_sum
+    return loss_sum  # a recorded function must return a tensor
 
 
 def train(config, model, train_data, val_data, meta, state=None):
@@ -693,14 +685,14 @@ def train(config, model, train_data, val_data, meta, state=None):
         rows = state["rows"]
         skipped = state["skipped"]
         optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"] or scaler.state_dict())  # a disabled one saved {}
+        if state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
     # Each step's gradients and loss add up in these tensors: a CUDA graph replays fixed addresses.
     loss_sum = torch.zeros((), device=device)
     sums = [loss_sum, *(weight.grad for weight in model.parameters())]
     micro_batch = functools.partial(forward_backward, model, autocast, scaler, accum, loss_sum)
     if device.type == "cuda":
-        # One call launches the thousands of kernels of a micro-batch. Recording adds to the sums,
-        # but each step sets them to zero.
+        # One call launches all kernels of a micro-batch. What recording adds, a step sets to zero.
         example = get_batch(train_data, [0] * config.batch_size, config.block_size, bos, device)
         micro_batch = torch.cuda.make_graphed_callables(micro_batch, example, num_warmup_iters=1)
     while True:
@@ -758,7 +750,7 @@ def train(config, model, train_data, val_data, meta, state=None):
             scaler.step(optimizer)
         scaler.update()
         step += 1
-        skipped += not finite
+        skipped += 0 if finite else 1
         faults = 0 if finite else faults + 1
         if faults == 25:  # a scaler needs some to find its scale
             raise UserError(f"no finite gradient in {faults} steps up to {step}, lr {lr:.1e}")
@@ -767,9 +759,8 @@ def train(config, model, train_data, val_data, meta, state=None):
         if step == config.steps or step * accum % config.log_interval < accum:
             tokens = accum * config.batch_size * config.block_size
             speed = round(tokens / (time.perf_counter() - started))
-            loss = loss_sum.item()
-            values = {"train_loss": loss, "lr": lr, "grad_norm": norm, "skipped": skipped}
-            log(rows, iteration=step * accum, step=step, **values, tokens_per_second=speed)
+            row = {"train_loss": loss_sum.item(), "lr": lr, "grad_norm": norm, "skipped": skipped}
+            log(rows, iteration=step * accum, step=step, **row, tokens_per_second=speed)
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -804,7 +795,7 @@ def main(argv=None):
         preset = "finetune"
     elif preset == "auto":
         preset = "270m" if pick_device(values["device"]).type == "cuda" else "tiny"
-    values |= PRESETS[preset] | given | {"preset": preset}
+    values |= PRESETS[preset] | given | {"preset": preset}  # what is given wins
     if out.exists() and not values["resume"] and not values["overwrite"]:
         raise UserError(f"{out} exists: --resume goes on with it, --overwrite starts anew")
     state = None
@@ -815,7 +806,7 @@ def main(argv=None):
         run_parts = {"train_config", "data", "optimizer", "scaler", "step", "rows", "skipped"}
         if not run_parts <= state.keys():
             raise UserError(f"resume: {out} is not of a run, or of an earlier version")
-        values |= state["train_config"] | given | {"out": str(out)}
+        values |= state["train_config"] | given | {"out": str(out)}  # the file may have moved
         train_data, val_data, meta = load_data(values["data_dir"])
         # Other data are welcome where --data_dir names them and the vocabulary is the same.
         same_words = state["data"]["tokenizer_files"] == meta["tokenizer_files"]
@@ -835,8 +826,8 @@ def main(argv=None):
         say(f"start   from scratch, preset {preset} {PRESETS[preset]}")
 
     config = make(TrainConfig, values)
-    # A flag that is no field of the model is compared with itself.
-    if any(getattr(model.config, name, value) != value for name, value in given.items()):
+    shape = asdict(model.config)
+    if any(name in shape and shape[name] != value for name, value in given.items()):
         raise UserError("the model has another shape than the flags say")
     if meta["vocab_size"] > model.config.vocab_size:
         raise UserError(f"vocab_size {model.config.vocab_size} is less than that of the data")
@@ -865,12 +856,13 @@ def main(argv=None):
         for signal_name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, signal_name, None)  # Windows has no SIGHUP
             if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-                at_end.callback(signal.signal, number, signal.signal(number, request_stop))
+                previous = signal.signal(number, request_stop)
+                at_end.callback(signal.signal, number, previous)
         train(config, model, train_data, val_data, meta, state)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")
+    sys.stdout.reconfigure(errors="replace")  # for a terminal that lacks a character
     try:
         main()
     except (UserError, torch.OutOfMemoryError) as error:

@@ -1701,7 +1701,11 @@ def ask(folder, hub, *argv, **environment):
     """prepare.py against the stand-in, with short waits -> exit status, output, errors"""
     url = hub if isinstance(hub, str) else hub.url
     process = start_prepare(
-        folder, *argv, before="prepare.WAITS = (0.1, 0)", HF_ENDPOINT=url, **environment
+        folder,
+        *argv,
+        before="prepare.WAITS = (0.1, 0); prepare.FIRST_STORIES = 400",
+        HF_ENDPOINT=url,
+        **environment,
     )
     return finish_prepare(process)
 

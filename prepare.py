@@ -70,8 +70,6 @@ class UserError(ValueError):
 
 
 # ---- tokenizers ----------------------------------------------------------------------------------
-
-
 class Tokenizer:
     """A tokenizer of transformers from the texts of its files, {"tokenizer.json": text, ...}.
 
@@ -431,8 +429,6 @@ def hold_out(folder, meta):
 
 
 # ---- command line --------------------------------------------------------------------------------
-
-
 def has_gpu():
     """Whether training takes a GPU; asked in a process of its own, since torch needs 200 MB."""
     code = "import gemma270m, sys; sys.exit(gemma270m.pick_device('auto').type != 'cuda')"

@@ -1889,7 +1889,7 @@ odd_text = st.text(letters | st.sampled_from(" \n\r\t'a<|endoftext|>\x1c\xa0"))
 @example("a<|endoftext|>b")
 def test_a_character_appears_as_soon_as_its_last_byte_is_there(teller, text):
     _, words, end_tokens = sample.load(str(teller))
-    shown = sample.Text(words, end_tokens)
+    shown = sample.Text(words)
     tokens = words.encode(text)
     for i, token in enumerate(tokens):
         before = shown.content
@@ -1958,7 +1958,7 @@ def test_as_a_process_it_needs_no_network_and_takes_what_output_there_is(teller,
 WRONG_SAMPLING = {
     "num_samples": (0, "1.5"), "max_new_tokens": (-3, "nan"), "top_k": (-1, "1.5", "all"),
     "top_p": (0, 1.1, math.nan), "temperature": (-1, math.nan, math.inf, "1,5"),
-    "seed": (2**63, "1e3"), "device": ("nowhere",), "dtype": ("int8",), "chat": ("no template",),
+    "seed": ("1e3",), "device": ("nowhere",), "dtype": ("int8",), "chat": ("no template",),
     "prompt": ("FILE:nowhere", "FILE:.", "a" * 2_048), "prom": ("no such flag",),
     "ckpt": ("nowhere", "nowhere.pt", "no/where", "no/where/at/all", "."),
 }  # fmt: skip

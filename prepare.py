@@ -134,9 +134,8 @@ def byte_level(model, trainer=None, texts=()):
     backend.add_special_tokens([END_OF_TEXT])
     config = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    return Tokenizer(
-        {"tokenizer.json": backend.to_str(), "tokenizer_config.json": json.dumps(config, indent=2)}
-    )
+    files = {"tokenizer.json": backend.to_str()}
+    return Tokenizer({**files, "tokenizer_config.json": json.dumps(config, indent=2)})
 
 
 def learn_tokenizer(texts, size):
@@ -369,10 +368,9 @@ def read_files(patterns, skipped=None):
 
 
 def make_stories(seed=0):
-    """Different stories of 60 to 250 words without end, the same ones for the same seed."""
+    """Stories of 60 to 250 words without end, the same ones for the same seed."""
     grammar = json.loads((HERE / "assets" / "stories.json").read_text("utf-8"))
     rng = random.Random(seed)
-    seen = set()
     while True:
         plot = rng.choice(grammar["plots"])
         person, friend = rng.sample(grammar[rng.choice(plot["who"])], 2)
@@ -384,9 +382,7 @@ def make_stories(seed=0):
             text = text.format(*case, **words)
         while "[" in text:  # the innermost choices first
             text = re.sub(r"\[([^][]*)\]", lambda match: rng.choice(match[1].split("|")), text)
-        if text not in seen:
-            seen.add(text)
-            yield from [text, None]
+        yield from [text, None]
 
 
 def write_tokens(folder, split, pieces, tokenizer, limit):
@@ -436,7 +432,7 @@ def has_gpu():
 
 
 def find_tinystories(limit, out):
-    """-> where `limit` stories are from, {"train", "val": function that gives their pieces}"""
+    """-> where `limit` stories are from, {"train", "val": paths, or seeds for made-up ones}"""
     shards = "train-00000" if limit <= FIRST_STORIES else "train"
     try:
         train = fetch(TINYSTORIES, "dataset", f"data/{shards}-.*")
@@ -446,28 +442,28 @@ def find_tinystories(limit, out):
         if meta.exists() and BUILT_IN not in meta.read_text("utf-8"):
             raise UserError(f"{error}; {out} keeps the data that it holds") from error
         print(f"No TinyStories but {BUILT_IN}: {error}", flush=True)
-        return BUILT_IN, {"train": make_stories, "val": partial(make_stories, 1)}
+        return BUILT_IN, {"train": 0, "val": 1}
     if shards == "train" and f"-of-{len(train):05}-" not in f"{train}":
         raise UserError(f"only {len(train)} shards of {TINYSTORIES} are in the cache: go online")
-    return TINYSTORIES, {"train": partial(read_files, train), "val": partial(read_files, val)}
+    return TINYSTORIES, {"train": train, "val": val}
 
 
 def prepare(args):
     """Makes the data folder that is asked for, or leaves it as it was, and prints what it holds."""
     out = Path(args.out_dir)
     skipped = set() if args.skip_bad else None
+    read = partial(read_files, skipped=skipped)
     limit = args.limit
     name = args.model or args.tokenizer
     large = not (name and (args.input or limit)) and has_gpu()
     if args.input:
         source = " ".join(args.input)
-        paths = {"train": args.input, "val": args.val_input}
-        texts = {
-            split: partial(read_files, paths[split], skipped) for split in paths if paths[split]
-        }
+        texts = {"train": args.input, "val": args.val_input}
     else:
         source, texts = find_tinystories(limit or (ALL_STORIES if large else SMALL_STORIES), out)
-        large = large and source == TINYSTORIES
+        if source == BUILT_IN:
+            read = make_stories
+            large = False
         limit = limit or (ALL_STORIES if large else SMALL_STORIES)
     name = name or ("gpt2" if large else SMALL_VOCABULARY)
     print(f"{limit or 'All'} documents of {source}, tokenizer {name}", flush=True)
@@ -475,7 +471,7 @@ def prepare(args):
     if args.model:
         config, weights, tokenizer = read_model(name)
     elif name.isdecimal():
-        pieces = islice(texts["train"](), LEARN_FROM)
+        pieces = islice(read(texts["train"]), LEARN_FROM)
         tokenizer = learn_tokenizer(filter(None, pieces), int(name))
         name = f"{int(name):,} learned from the text"
     else:
@@ -500,10 +496,11 @@ def prepare(args):
             "end_tokens": tokenizer.end_tokens,
             "tokenizer_files": sorted(tokenizer.files),
         }
-        for split in texts:
-            meta |= write_tokens(new, split, texts[split](), tokenizer, limit)
-        if "val" not in texts:
-            hold_out(new, meta)
+        for split, text in texts.items():
+            if text is None:
+                hold_out(new, meta)
+            else:
+                meta |= write_tokens(new, split, read(text), tokenizer, limit)
         # The old files go first and meta.json comes last: without it the folder looks unfinished.
         for stale in ("meta.json", "init.pt"):
             (out / stale).unlink(missing_ok=True)

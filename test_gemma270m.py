@@ -1230,23 +1230,23 @@ plain_text = any_text.map(lambda text: text.replace("\r\n", "\n").lstrip("\ufeff
 # ---- helpers -------------------------------------------------------------------------------------
 
 
-def run_prepare(folder, *argv):
-    """main() in this process, with bytes as words unless asked otherwise -> exit status"""
-    chosen = "--tokenizer" in argv or "--model" in argv
-    words = [] if chosen else ["--tokenizer", "257"]
-    return prepare.main(list(map(str, [*argv, *words, "--out_dir", folder / "data"])))
+def prepared(folder, *inputs, **given):
+    """The documents in folder/data that prepare.py makes of the inputs, with bytes as words."""
+    given = {"tokenizer": 257, "out_dir": folder / "data", **given}
+    argv = ["--input", *map(str, inputs)] if inputs else []
+    assert prepare.main([*argv, *flags(**given)]) == 0
+    return documents_in(folder)
 
 
-def read_documents(folder):
-    """The documents for training and those for validation, as texts without their begins and ends;
-    behind them what of a document has no end."""
-    *splits, meta = gemma270m.load_data(folder / "data")
+def documents_in(folder):
+    """The documents that the tokens in folder/data stand for, those for validation last."""
+    train, val, meta = gemma270m.load_data(folder / "data")
+    tokens = np.concatenate([train, val])
+    ends = np.flatnonzero(tokens == meta["end_tokens"][0]) + 1
+    assert len(ends) == meta["train_documents"] + meta["val_documents"]
     tokenizer = prepare.Tokenizer(meta["tokenizer_files"])
-    texts = []
-    for tokens in splits:
-        ends = np.flatnonzero(tokens == meta["end_tokens"][0]) + 1
-        texts.append([tokenizer.decode(part.tolist()) for part in np.split(tokens, ends)])
-    assert [len(part) - 1 for part in texts] == [meta["train_documents"], meta["val_documents"]]
+    *texts, rest = [tokenizer.decode(part.tolist()) for part in np.split(tokens, ends)]
+    assert rest == "", "the last document has no end"
     return texts
 
 
@@ -1262,12 +1262,6 @@ def write_documents(path, documents):
     compress = {".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, bytes)
     path.write_bytes(compress(text.encode()))
     return path
-
-
-@pytest.fixture
-def validation(tmp_path):
-    """Flags for a validation text, so that every document of the input is for training."""
-    return "--val_input", write_documents(tmp_path / "validation.txt", ["validation"])
 
 
 @pytest.fixture(autouse=True)
@@ -1310,23 +1304,15 @@ def gpt2():
         pytest.skip(str(error))
 
 
-@given(any_text)
-@settings(max_examples=300)
-def test_gpt2_gives_the_ids_of_tiktoken(gpt2, text):
-    import tiktoken
-
-    assert gpt2.encode(text) == tiktoken.get_encoding("gpt2").encode_ordinary(text)
-
-
-def test_gpt2_splits_every_character_as_tiktoken_does(gpt2):
+def test_gpt2_gives_the_ids_of_tiktoken(gpt2):
     import tiktoken
 
     reference = tiktoken.get_encoding("gpt2")
     assigned = (range(0xD800), range(0xE000, 0x33500), range(0xE0000, 0xE0200))
     codes = itertools.chain(*assigned, range(0x33500, 0x110000, 997))
-    while codes_of_text := list(itertools.islice(codes, 1000)):
-        text = "".join(f"a{chr(code)} {chr(code)}1" for code in codes_of_text)
-        assert gpt2.encode(text) == reference.encode_ordinary(text)
+    while some := list(map(chr, itertools.islice(codes, 1000))):
+        for text in ("".join(some), "".join(f"a{c} {c}1  {c}\n\n" for c in some)):
+            assert gpt2.encode(text) == reference.encode_ordinary(text)
 
 
 @given(any_text)
@@ -1339,55 +1325,32 @@ def test_learned_words_give_every_text_back(learned, text):
     assert prepare.Tokenizer(learned.files).encode(text) == ids
 
 
-def test_transformers_reads_the_files_of_a_learned_vocabulary(learned, tmp_path):
-    for name, text in learned.files.items():
-        (tmp_path / name).write_text(text)
-    peer = AutoTokenizer.from_pretrained(tmp_path)
-    text = "Lily said: don't stop!\n\n  日本 \t 42"
-    assert peer(text).input_ids == learned.encode(text)
-    assert peer.eos_token_id == learned.end_tokens[0]
-
-
-@given(st.text(st.sampled_from(" \n\t\r\xa0'ab1!é中"), max_size=80), st.integers(2, 9))
-def test_pieces_are_the_text_and_have_its_tokens(gpt2, text, size):
-    pieces = re.findall(prepare.PIECES.pattern.replace("4096", str(size)), text, re.DOTALL)
-    assert "".join(pieces) == text and all(len(piece) <= size for piece in pieces)
-    if all(re.match(r"[ \n]", b) and not a[-1].isspace() for a, b in itertools.pairwise(pieces)):
-        assert sum(gpt2.encode_batch(pieces), []) == gpt2.encode(text)
-
-
 # ---- text in, documents out ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.xz", "a.jsonl", "a.json.gz", "a.parquet"])
-@given(st.lists(plain_text, min_size=1, max_size=5), st.integers(3, 30))
+@given(st.lists(any_text, max_size=5), st.integers(3, 30))
+@example(["\ufeffone\r\ntwo\r\n", "three\rfour", " \n"], 3)
 @settings(reuses_fixtures, max_examples=15)
-def test_documents_come_out_as_they_went_in(tmp_path, validation, monkeypatch, name, texts, chunk):
+def test_documents_come_out_as_they_went_in(tmp_path, monkeypatch, name, texts, chunk):
+    def clean(text):
+        return text.removeprefix("\ufeff").replace("\r\n", "\n")
+
     monkeypatch.setattr(prepare, "CHUNK", chunk)
     pattern = prepare.PIECES.pattern.replace("4096", "20")
     monkeypatch.setattr(prepare, "PIECES", re.compile(pattern, re.DOTALL))
-    if ".txt" in name:
-        texts = END.join(texts).split(END)
-    kept = [text for text in texts if text.strip()]
-    assume(kept and not any(re.match(r"\s{20}", text) for text in kept))
-    path = write_documents(tmp_path / name, texts)
-    assert run_prepare(tmp_path, "--input", path, *validation) == 0
-    assert read_documents(tmp_path) == [[*kept, ""], ["validation", ""]]
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
-def test_marks_and_line_ends_of_windows_are_dropped(tmp_path, validation, name):
-    path = write_documents(tmp_path / name, ["\ufeffone\r\ntwo\r\n", "three\rfour"])
-    assert run_prepare(tmp_path, "--input", path, *validation) == 0
-    assert read_documents(tmp_path)[0] == ["one\ntwo\n", "three\rfour", ""]
+    path = write_documents(tmp_path / name, [*texts, "the end"])
+    documents = clean(END.join(texts)).split(END) if ".txt" in name else map(clean, texts)
+    # Twenty blanks are a piece here, and a first piece that is blank is left out.
+    kept = [re.sub(r"^(\s{20})+(?=\s*\S)", "", text) for text in documents if text.strip()]
+    assert prepared(tmp_path, path) == [*kept, "the end"]
 
 
 @pytest.mark.parametrize("length", [9, 9_999])
 def test_each_document_has_one_start_token(tmp_path, gemma_folder, length):
     text = ("the hen, " * length)[:length]
     path = write_documents(tmp_path / "a.txt", [text, " \n", text, text])
-    limit = ("--limit", "2", "--val_input", path)
-    assert run_prepare(tmp_path, "--input", path, "--tokenizer", gemma_folder, *limit) == 0
+    prepared(tmp_path, path, tokenizer=gemma_folder, limit=2, val_input=path)
     train, val, meta = gemma270m.load_data(tmp_path / "data")
     words = prepare.load_tokenizer(str(gemma_folder))
     assert (meta["bos_token"], meta["end_tokens"]) == (2, [1, 6])
@@ -1399,20 +1362,17 @@ def test_each_document_has_one_start_token(tmp_path, gemma_folder, length):
 def test_the_last_hundredth_is_held_out(tmp_path, count, limit):
     texts = [f"story {i}" for i in range(count)]
     path = write_documents(tmp_path / "a.txt", texts)
-    assert run_prepare(tmp_path, "--input", path, "--limit", limit) == 0
+    assert prepared(tmp_path, path, limit=limit) == texts[:limit]
     train, val, _ = gemma270m.load_data(tmp_path / "data")
     assert len(val) == (len(train) + len(val)) // 100 + 2
-    (*first, cut), (rest, *last) = read_documents(tmp_path)
-    assert [*first, cut + rest, *last] == [*texts[:limit], ""]
 
 
-def test_globs_and_several_files(tmp_path, validation):
+def test_globs_and_several_files(tmp_path):
     (tmp_path / "deep" / "er").mkdir(parents=True)
     write_documents(tmp_path / "deep" / "er" / "b.jsonl.xz", ["b"])
     write_documents(tmp_path / "c[1].txt", ["c"])
     inputs = (tmp_path / "deep" / "**" / "*.xz", tmp_path / "c[1].txt")
-    assert run_prepare(tmp_path, "--input", *inputs, *validation) == 0
-    assert read_documents(tmp_path) == [["b", "c", ""], ["validation", ""]]
+    assert prepared(tmp_path, *inputs, val_input=tmp_path / "c*.txt") == ["b", "c", "c"]
 
 
 BAD_ROWS = [None, 5, ["a"], "half a pair \ud800"]
@@ -1420,34 +1380,30 @@ BAD_ROWS = [None, 5, ["a"], "half a pair \ud800"]
 
 @given(st.lists(st.sampled_from([*BAD_ROWS, "good", "good too"]), min_size=1, max_size=8))
 @settings(reuses_fixtures, max_examples=15)
-def test_rows_without_text(tmp_path, validation, capsys, rows):
+def test_rows_without_text(tmp_path, capsys, rows):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    bad = [i for i, row in enumerate(rows, 1) if row in BAD_ROWS]
+    if bad:
+        argv = ["--input", path, "--tokenizer=257", "--out_dir", tmp_path / "none"]
+        prepare_refuses(capsys, argv, path, f"row {bad[0]}:", "--skip_bad")
+    assume(len(bad) < len(rows))
     good = [row for row in rows if row not in BAD_ROWS]
-    argv = ["--input", path, *validation]
-    if len(good) < len(rows):
-        first = next(i for i, row in enumerate(rows, 1) if row in BAD_ROWS)
-        out = ["--tokenizer", "257", "--out_dir", tmp_path / "none"]
-        prepare_refuses(capsys, [*argv, *out], path, f"row {first}:", "--skip_bad")
-    assume(good)
-    assert run_prepare(tmp_path, *argv, "--skip_bad") == 0
-    assert read_documents(tmp_path)[0] == [*good, ""]
-    skipped = f"Rows without text, skipped: {len(rows) - len(good)}"
-    assert (skipped in capsys.readouterr().out) == (len(good) < len(rows))
+    assert prepared(tmp_path, path, skip_bad=True) == good
+    assert (f"without text, skipped: {len(bad)}" in capsys.readouterr().out) == (len(bad) > 0)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.xz", "a.jsonl", "a.parquet"])
 @given(change=damages())
 @settings(reuses_fixtures, max_examples=10)
-def test_a_damaged_file_is_read_or_refused_in_one_line(tmp_path, validation, capsys, name, change):
+def test_a_damaged_file_is_read_or_refused_in_one_line(tmp_path, capsys, name, change):
     path = write_documents(tmp_path / name, [f"{'A mouse went out. ' * 9}{i}" for i in range(9)])
-    assert run_prepare(tmp_path, "--input", validation[1], *validation) == 0
+    prepared(tmp_path, path)
     before = contents(tmp_path / "data")
     path.write_bytes(change(path.read_bytes()))
-    capsys.readouterr()
-    if run_prepare(tmp_path, "--input", path, *validation):
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("prepare.py: error: ")
+    argv = ["--input", path, "--tokenizer=257", "--out_dir", tmp_path / "data"]
+    if prepare.main(list(map(str, argv))):
+        prepare_refuses(capsys, argv)
         assert contents(tmp_path / "data") == before
 
 
@@ -1489,23 +1445,20 @@ def test_refused_in_one_line(tmp_path, monkeypatch, capsys, argv, part):
     assert contents(tmp_path) == before and not Path("data").exists()
 
 
-def test_a_mistake_in_the_code_of_prepare_keeps_its_traceback(tmp_path, validation, monkeypatch):
-    path = write_documents(tmp_path / "a.txt", ["a story"])
+def test_a_mistake_in_the_code_of_prepare_keeps_its_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "write_tokens", lambda *_: np.stack([np.zeros(3), np.zeros(4)]))
     with pytest.raises(ValueError, match="same shape"):
-        run_prepare(tmp_path, "--input", path, *validation)
+        prepared(tmp_path, write_documents(tmp_path / "a.txt", ["a story"]))
     assert not (tmp_path / "data").exists()
 
 
-def test_new_data_replace_all_of_the_old(tmp_path, validation):
-    path = write_documents(tmp_path / "a.txt", ["a story"])
-    (tmp_path / "data" / ".new").mkdir(parents=True)  # as a killed process leaves it
-    (tmp_path / "data" / "init.pt").write_text("stale weights")
-    (tmp_path / "data" / ".new" / "init.pt").write_text("stale weights")
-    assert run_prepare(tmp_path, "--input", path, *validation) == 0
-    meta = gemma270m.load_data(tmp_path / "data")[2]
-    names = {str(name) for name in contents(tmp_path / "data")}
-    assert names == {"train.bin", "val.bin", "meta.json", *meta["tokenizer_files"]}
+def test_new_data_replace_all_of_the_old(tmp_path):
+    for folder in (tmp_path / "data", tmp_path / "data" / ".new"):  # of a killed process
+        folder.mkdir()
+        (folder / "init.pt").write_text("stale weights")
+    prepared(tmp_path, write_documents(tmp_path / "a.txt", ["a story"]))
+    names = {"train.bin", "val.bin", "meta.json", "generation_config.json"}
+    assert set(os.listdir(tmp_path / "data")) == names | {"tokenizer.json", TOKENIZER}
 
 
 def test_gpt2_out_of_reach_names_the_cures(tmp_path, monkeypatch, capsys):
@@ -1562,11 +1515,11 @@ def stop(process, number):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("moment", ["learns", "writes"])
-def test_a_signal_ends_it_at_once_and_keeps_what_was_there(tmp_path, validation, number, moment):
+def test_a_signal_ends_it_at_once_and_keeps_what_was_there(tmp_path, number, moment):
     words = (f"mouse{i} " for i in itertools.count())
     texts = ["".join(itertools.islice(words, 300)) for _ in range(2_000)]
     path = write_documents(tmp_path / "a.txt", texts)
-    assert run_prepare(tmp_path, "--input", *validation[1:], *validation) == 0
+    prepared(tmp_path, path, limit=9)
     before = contents(tmp_path / "data")
     name = "300" if moment == "learns" else tmp_path / "data"
     argv = ["--input", *[path] * 20, "--tokenizer", name, "--out_dir", tmp_path / "data"]
@@ -1628,8 +1581,9 @@ class Hub(BaseHTTPRequestHandler):
         if fault.get("on", "") in path and fault.get("times", 0) > 0:
             fault["times"] -= 1
             time.sleep(fault.get("delay", 0))
-            if "status" in fault:
-                return self.answer(fault["status"], fault.get("body", b'{"error": "so says it"}'))
+            if fault.get("status"):
+                body = PAGE if fault["status"] == 200 else b'{"error": "so says the hub"}'
+                return self.answer(fault["status"], body)
         if "expired" in self.headers.get("Authorization", ""):
             return self.answer(401, b'{"error": "User Access Token is expired"}')
         if path.startswith("/api/datasets/roneneldan/TinyStories"):
@@ -1678,7 +1632,7 @@ def test_tinystories_online_and_then_from_the_cache(tmp_path, hub):
     status, out, _ = ask(tmp_path, hub.url, "--limit", 500, HF_TOKEN="hf_expired")
     assert status == 0
     assert gemma270m.load_data(tmp_path / "data")[2]["source"] == "roneneldan/TinyStories"
-    assert read_documents(tmp_path) == [[*STORIES[:500], ""], [*STORIES[800:], ""]]
+    assert documents_in(tmp_path) == STORIES[:500] + STORIES[800:]
     assert f"python gemma270m.py --data_dir {tmp_path / 'data'}" in out
     before = contents(tmp_path / "data")
     # Without the hub, and by the user's will.
@@ -1698,7 +1652,7 @@ def test_made_up_stories_without_a_network(tmp_path, hub):
     status, out, _ = ask(tmp_path, NOWHERE, "--limit", 120)
     assert status == 0 and out.startswith("No TinyStories but made-up stories")
     assert gemma270m.load_data(tmp_path / "data")[2]["source"] == prepare.BUILT_IN
-    assert [len(part) for part in read_documents(tmp_path)] == [121, 121]
+    assert len(documents_in(tmp_path)) == 240
     assert ask(tmp_path, NOWHERE, "--limit", 110)[0] == 0, "made-up ones may be made anew"
     assert ask(tmp_path, hub.url, "--limit", 100)[0] == 0
     before = contents(tmp_path / "data")
@@ -1711,23 +1665,23 @@ def test_made_up_stories_without_a_network(tmp_path, hub):
 
 PAGE = b"<html>Please log in to the network of this hotel</html>"
 API = "/api/datasets"
-FAULTS = {
-    "503 once": ({"on": API, "status": 503, "times": 1}, 0, "trying again"),
-    "429 on a shard": ({"on": "train-00000", "status": 429, "times": 2}, 0, "429"),
-    "a slow answer": ({"on": API, "delay": 2, "times": 1}, 0, ""),
-    "503": ({"on": API, "status": 503, "times": 99}, 1, "503"),
-    "429": ({"on": API, "status": 429, "times": 99}, 1, "so says it"),
-    "404": ({"on": API, "status": 404, "times": 99}, 1, "check the name"),
-    "403": ({"on": "resolve", "status": 403, "times": 99}, 1, "hf auth login"),
-    "a login page": ({"on": "/", "status": 200, "body": PAGE, "times": 99}, 1, "login page"),
-    "damage": ({"on": "train-00000", "status": 200, "body": PAGE, "times": 99}, 1, ""),
+FAULTS = {  # where, how often, the status that the hub gives, that of prepare.py, what it says
+    "503 once": (API, 1, 503, 0, "trying again"),
+    "429 on a shard": ("train-00000", 2, 429, 0, "429"),
+    "a slow answer": (API, 1, None, 0, ""),
+    "503": (API, 99, 503, 1, "503"),
+    "429": (API, 99, 429, 1, "so says the hub"),
+    "404": (API, 99, 404, 1, "check the name"),
+    "403": ("resolve", 99, 403, 1, "hf auth login"),
+    "a login page": ("/", 99, 200, 1, "login page"),
+    "a damaged shard": ("train-00000", 99, 200, 1, ""),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_of_the_hub_are_retried_or_refused(tmp_path, hub, name):
-    fault, expected, said = FAULTS[name]
-    hub.fault = dict(fault)
+    place, times, answer, expected, said = FAULTS[name]
+    hub.fault = {"on": place, "times": times, "status": answer, "delay": 2 * (answer is None)}
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "meta.json").write_text('{"source": "mine"}')
     before = contents(tmp_path / "data")
@@ -1737,7 +1691,7 @@ def test_faults_of_the_hub_are_retried_or_refused(tmp_path, hub, name):
         assert err.splitlines()[-1].startswith("prepare.py: error: ") and "roneneldan" in err
         assert contents(tmp_path / "data") == before
     else:
-        assert read_documents(tmp_path)[0] == [*STORIES[:100], ""]
+        assert documents_in(tmp_path) == STORIES[:100] + STORIES[800:900]
 
 
 def test_ctrl_c_while_a_shard_comes_in(tmp_path, hub):
@@ -1801,12 +1755,6 @@ def test_a_stream_repeats_with_its_seed_and_ends_once_all_rows_have(temperature,
     length = int((~after).sum(1).max())
     expected = free.masked_fill(after, stops[0] if stops else -1)[:, :length]
     assert torch.equal(streamed(stop_tokens=stops), expected)
-
-
-@pytest.mark.parametrize("T, new", ((0, 2), (65, 2), (60, 5), (3, -1)))
-def test_more_tokens_than_the_context_holds_are_refused(T, new):
-    with pytest.raises(UserError, match="do not fit"):
-        next(sample.stream(toy_model(), torch.zeros(1, T, dtype=torch.long), new))
 
 
 @pytest.fixture(scope="session")
@@ -1881,19 +1829,12 @@ def test_samples_of_a_batch_differ_and_repeat_with_their_seed(teller, capsys):
 @pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="this system knows no SIGPIPE")
 def test_as_a_process_it_needs_no_network_and_takes_what_output_there_is(teller, tmp_path):
     def start(prompt, n):
-        command = [
-            sys.executable,
-            sample.__file__,
-            "--ckpt",
-            teller,
-            "--prompt",
-            prompt,
-            "--temperature=0",
-        ]
+        given = {"ckpt": teller, "temperature": 0, "max_new_tokens": n}
+        command = [sys.executable, sample.__file__, *flags(**given), "--prompt", prompt]
         environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": tmp_path, "TIKTOKEN_CACHE_DIR": tmp_path}
         environment = {**os.environ, **environment, "PYTHONIOENCODING": "cp1252"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": tmp_path}
-        return subprocess.Popen([*command, f"--max_new_tokens={n}"], env=environment, **pipes)
+        return subprocess.Popen(command, env=environment, **pipes)
 
     closed = start("the cat", 2_000)
     assert closed.stdout.read(5) == b"the c"
@@ -1906,12 +1847,19 @@ def test_as_a_process_it_needs_no_network_and_takes_what_output_there_is(teller,
 
 
 WRONG_SAMPLING = {
-    "num_samples": (0, "1.5"), "max_new_tokens": (-3, "nan"), "top_k": (-1, "1.5", "all"),
-    "top_p": (0, 1.1, math.nan), "temperature": (-1, math.nan, math.inf, "1,5"),
-    "seed": ("1e3",), "device": ("nowhere",), "dtype": ("int8",), "chat": ("no template",),
-    "prompt": ("FILE:nowhere", "FILE:.", "a" * 2_048), "prom": ("no such flag",),
+    "num_samples": (0, "1.5"),
+    "max_new_tokens": (-3, "nan"),
+    "top_k": (-1, "1.5", "all"),
+    "top_p": (0, 1.1, math.nan),
+    "temperature": (-1, math.nan, math.inf, "1,5"),
+    "seed": ("1e3",),
+    "device": ("nowhere",),
+    "dtype": ("int8",),
+    "chat": ("no template",),
+    "prompt": ("FILE:nowhere", "FILE:.", "a" * 2_048),
+    "prom": ("no such flag",),
     "ckpt": ("nowhere", "nowhere.pt", "no/where", "no/where/at/all", "."),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WRONG_SAMPLING)
@@ -2057,6 +2005,7 @@ UNUSABLE = (  # changes after which a folder is refused, and a part of the reaso
     ({WEIGHTS: None, INDEX: "{}"}, "weight_map"),
     ({"tokenizer.json": None}, "tokenizer.json"),
     *(({TOKENIZER: text}, "token") for text in (None, "[]", '{"eos_token": "no"}')),
+    *(({CONFIG: {name: "8"}}, "cannot be loaded") for name in ("rope_parameters", "layer_types")),
 )
 
 
@@ -2072,13 +2021,10 @@ def test_a_folder_is_read_or_refused_with_its_reason(gemma_folder, tmp_path, cha
         assert_equal(weights, expected[1])
 
 
-entries = st.sampled_from([*prepare.FIELDS, "rope_parameters", "layer_types", "eos_token_id"])
-odd_values = st.sampled_from((None, True, -1, 0.5, 2**70, math.nan, "8", [], [1], {}, ...))
-odd_configs = st.tuples(st.just(CONFIG), st.dictionaries(entries, odd_values, max_size=2))
 all_files = st.sampled_from((CONFIG, WEIGHTS, "tokenizer.json", TOKENIZER))
 
 
-@given(change=st.tuples(all_files, damages()) | odd_configs)
+@given(change=st.tuples(all_files, damages()))
 def test_a_damaged_folder_tells_or_is_refused_in_one_line(gemma_folder, tmp_path_factory, change):
     folder = changed(gemma_folder, dict([change]), tmp_path_factory.mktemp("damaged"))
     try:
@@ -2123,13 +2069,10 @@ def tuned(gemma_folder, tmp_path_factory):
     given = {"data_dir": place / "data", "out": place / "out.pt", "device": "cpu", "lr": 1e-2}
     gemma270m.main(flags(**given, dtype="float32", block_size=32, max_iters=80, warmup_iters=8))
     shutil.rmtree(place / "data")
-    return place / "out.pt"
-
-
-def test_fine_tuning_lowers_the_loss(tuned):
-    rows = torch.load(tuned, weights_only=True)["rows"]
+    rows = torch.load(place / "out.pt", weights_only=True)["rows"]
     losses = [row["val_loss"] for row in rows if "val_loss" in row]
     assert losses[-1] < losses[0] - 1
+    return place / "out.pt"
 
 
 @pytest.fixture(scope="session", params=("teller", "tuned"))

@@ -278,8 +278,9 @@ def ask_hub(function, repo, **options):
         time.sleep(wait)
     cure = "wait some minutes and run this again; or does a login page of the network answer?"
     if status in (401, 403, 404):
-        page = f"{constants.ENDPOINT}/{repo}"
-        cure = f"check the name, or accept the terms at {page} and run hf auth login"
+        cure = (
+            f"check the name, or accept terms at {constants.ENDPOINT}/{repo} and run hf auth login"
+        )
     raise UserError(f"{reason}: {cure}") from causes[0]
 
 
@@ -466,7 +467,7 @@ def prepare(args):
             large = False
         limit = limit or (ALL_STORIES if large else SMALL_STORIES)
     name = name or ("gpt2" if large else SMALL_VOCABULARY)
-    print(f"{limit or 'All'} documents of {source}, tokenizer {name}", flush=True)
+    print(f"Documents: {limit or 'all'} of {source}; tokenizer: {name}", flush=True)
 
     if args.model:
         config, weights, tokenizer = read_model(name)

@@ -1525,7 +1525,7 @@ def test_a_signal_ends_it_at_once_and_keeps_what_was_there(tmp_path, number, mom
     argv = ["--input", *[path] * 20, "--tokenizer", name, "--out_dir", tmp_path / "data"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, PREPARE, *argv], **pipes)
-    assert process.stdout.readline().startswith("All documents")
+    assert process.stdout.readline().startswith("Documents: all")
     while moment == "writes" and not (tmp_path / "data" / ".new" / "train.bin").exists():
         assert process.poll() is None
         time.sleep(0.01)

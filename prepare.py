@@ -197,7 +197,8 @@ def read_config(given):
     for entries in (given, full, local, given.get("rope_scaling") or {}):
         for name, value in IMPLEMENTED.items():
             if entries.get(name) not in (value, None):
-                raise UserError(f"{name} {entries[name]} is not implemented, nor is multimodality")
+                other = f"{name} {entries[name]}"
+                raise UserError(f"{other} is not implemented, nor are multimodal models")
     types = given.get("layer_types")
     every = given.get("_sliding_window_pattern", 6)
     if types:
@@ -268,6 +269,7 @@ def ask_hub(function, repo, **options):
         root = causes[-1]
         if isinstance(root, socket.gaierror) or getattr(root, "errno", None) in UNREACHABLE:
             raise ConnectionError(f"no network to ask for {repo} ({root})")
+        # The cause that holds the hub's answer tells the hub's own reason.
         answers = [cause for cause in causes if getattr(cause, "response", None) is not None]
         status = answers[0].response.status_code if answers else None
         reason = UserError(f"{repo}: {[*answers, *causes][0]}")
@@ -278,9 +280,8 @@ def ask_hub(function, repo, **options):
         time.sleep(wait)
     cure = "wait some minutes and run this again; or does a login page of the network answer?"
     if status in (401, 403, 404):
-        cure = (
-            f"check the name, or accept terms at {constants.ENDPOINT}/{repo} and run hf auth login"
-        )
+        page = f"{constants.ENDPOINT}/{repo}"
+        cure = f"check the name, or accept the terms at {page} and run hf auth login"
     raise UserError(f"{reason}: {cure}") from causes[0]
 
 
@@ -290,9 +291,7 @@ def fetch(name, kind, pattern):
     Where the hub gives no list of files, those have to do that are in the cache.
     """
     if os.path.isdir(name):
-        return [
-            os.path.join(name, file) for file in os.listdir(name) if re.fullmatch(pattern, file)
-        ]
+        return [str(path) for path in Path(name).iterdir() if re.fullmatch(pattern, path.name)]
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) or os.path.isdir(os.path.dirname(name)):
         raise UserError(f"there is no folder {name}")
     # The set is public, so an expired token is left out.
@@ -396,7 +395,7 @@ def write_tokens(folder, split, pieces, tokenizer, limit):
         while documents != limit and (batch := list(islice(pieces, BATCH))):
             for piece, ids in zip(batch, tokenizer.encode_batch([piece or "" for piece in batch])):
                 if begins and not (piece or "").strip():
-                    continue
+                    continue  # nothing of this document has been written, so it leaves no end
                 if begins and tokenizer.bos_token is not None:
                     ids = [tokenizer.bos_token, *ids]
                 begins = piece is None
@@ -512,9 +511,7 @@ def prepare(args):
         shutil.rmtree(new, ignore_errors=True)
         if not any(out.iterdir()):
             out.rmdir()
-    for split in ("train", "val"):
-        count = f"{meta[f'{split}_documents']:,} documents, {meta[f'{split}_tokens']:,} tokens"
-        print(f"{out / split}.bin: {count}")
+    print(f"Tokens: {meta['train_tokens']:,} for training, {meta['val_tokens']:,} for validation")
     if skipped:
         print(f"Rows without text, skipped: {len(skipped):,}")
     print(f"Next: python gemma270m.py --data_dir {out}")

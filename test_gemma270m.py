@@ -1227,7 +1227,7 @@ any_text = st.text(characters)
 plain_text = any_text.map(lambda text: text.replace("\r\n", "\n").lstrip("\ufeff"))
 
 
-# ---- helpers -------------------------------------------------------------------------------------
+# ---- prepare.py ----------------------------------------------------------------------------------
 
 
 def prepared(folder, *inputs, **given):
@@ -1287,9 +1287,6 @@ def prepare_refuses(capsys, argv, *parts):
     assert all(str(part) in line for part in parts), line
 
 
-# ---- tokenizers ----------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def learned():
     stories = filter(None, itertools.islice(prepare.make_stories(), 600))
@@ -1323,9 +1320,6 @@ def test_learned_words_give_every_text_back(learned, text):
     assert max(ids, default=0) < learned.vocab_size == 600
     assert not set(ids) & set(learned.end_tokens), "a marker in a text is ordinary text"
     assert prepare.Tokenizer(learned.files).encode(text) == ids
-
-
-# ---- text in, documents out ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.xz", "a.jsonl", "a.json.gz", "a.parquet"])
@@ -1403,7 +1397,7 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(tmp_path, capsys, name, c
     path.write_bytes(change(path.read_bytes()))
     argv = ["--input", path, "--tokenizer=257", "--out_dir", tmp_path / "data"]
     if prepare.main(list(map(str, argv))):
-        prepare_refuses(capsys, argv)
+        prepare_refuses(capsys, argv, name if path.stat().st_size else "too little text")
         assert contents(tmp_path / "data") == before
 
 
@@ -1481,9 +1475,6 @@ def test_built_in_stories():
         assert not re.search(r"  |^\s|\s$", story) and " \n" not in story
         assert 50 < len(story.split()) < 260 and story[-1] in '.!?"'
         assert len(set(re.findall(r"named (\w+)", story))) == 1
-
-
-# ---- signals and memory --------------------------------------------------------------------------
 
 
 def start_prepare(folder, *argv, before="pass", **environment):
@@ -1870,10 +1861,9 @@ def test_a_wrong_flag_of_sample_is_refused_before_anything_is_said(name, teller,
         assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("data", ({}, {"tokenizer": "gpt2"}, {"tokenizer_files": {}}))
-def test_a_checkpoint_without_a_tokenizer_is_refused(teller, tmp_path, data):
-    state = {**torch.load(teller, weights_only=True), "data": data}
-    gemma270m.save_checkpoint(tmp_path / "out.pt", state)
+def test_a_checkpoint_without_a_tokenizer_is_refused(teller, tmp_path):
+    state = torch.load(teller, weights_only=True)
+    gemma270m.save_checkpoint(tmp_path / "out.pt", {**state, "data": {"tokenizer": "gpt2"}})
     refuses(sample, ["--ckpt", tmp_path / "out.pt"], "out.pt", "tokenizer")
 
 
@@ -2004,6 +1994,7 @@ UNUSABLE = (  # changes after which a folder is refused, and a part of the reaso
     ({WEIGHTS: None, INDEX: json.dumps({"weight_map": {NORM: SHARD}})}, SHARD),
     ({WEIGHTS: None, INDEX: "{}"}, "weight_map"),
     ({"tokenizer.json": None}, "tokenizer.json"),
+    *(({"chat_template.jinja": text}, "chat") for text in ("{% no %}", "{{ raise_exception() }}")),
     *(({TOKENIZER: text}, "token") for text in (None, "[]", '{"eos_token": "no"}')),
     *(({CONFIG: {name: "8"}}, "cannot be loaded") for name in ("rope_parameters", "layer_types")),
 )
@@ -2013,7 +2004,7 @@ UNUSABLE = (  # changes after which a folder is refused, and a part of the reaso
 def test_a_folder_is_read_or_refused_with_its_reason(gemma_folder, tmp_path, changes, reason):
     folder = changed(gemma_folder, changes, tmp_path)
     if reason is not None:
-        refuses(sample, ["--ckpt", folder], folder, reason)
+        refuses(sample, ["--ckpt", folder, "--chat=hi"], reason, "" if reason == "chat" else folder)
     else:
         config, weights, _ = prepare.read_model(str(folder))
         expected = prepare.read_model(str(gemma_folder))
@@ -2051,12 +2042,6 @@ def test_a_chat_has_the_tokens_and_the_answer_of_transformers(
     tokens = model.generate(torch.tensor([start]), max_new_tokens=20, do_sample=False)[0]
     answer = peer.decode(tokens[len(start) :], skip_special_tokens=True)
     assert tell(capsys, gemma_folder, chat=question, temperature=0).out == answer + "\n"
-
-
-@pytest.mark.parametrize("template", ("{% no %}", "{{ raise_exception('no') }}"))
-def test_a_chat_template_that_fails_is_refused(gemma_folder, tmp_path, template):
-    folder = changed(gemma_folder, {"chat_template.jinja": template}, tmp_path)
-    refuses(sample, ["--ckpt", folder, "--chat=hi"], "chat")
 
 
 @pytest.fixture(scope="session")

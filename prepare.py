@@ -7,7 +7,6 @@
 
 Writes train.bin and val.bin, plain arrays of uint16 (uint32 for a vocabulary above 65,536), the
 tokenizer's files, with --model the weights as init.pt, and last meta.json, which describes it all.
-Text goes through this file as pairs (text, ends): whether its document ends with this text.
 """
 
 import argparse
@@ -20,7 +19,6 @@ import lzma
 import os
 import random
 import re
-import shlex
 import shutil
 import signal
 import socket
@@ -28,21 +26,18 @@ import subprocess
 import sys
 import time
 import zlib
-from collections import Counter
-from configparser import ConfigParser
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from threading import Thread
 
-# Set before the packages are imported. A download over plain HTTP ends at once with Ctrl-C.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+# A download over plain HTTP ends at once with Ctrl-C. The package reads this when it is imported.
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 
 import numpy as np
 import tokenizers
-from huggingface_hub import HfApi, constants, get_token, hf_hub_download
+from huggingface_hub import HfApi, constants, hf_hub_download
 from huggingface_hub.errors import HTTPError
 from pyarrow import ArrowException
 from pyarrow.parquet import ParquetFile
@@ -50,30 +45,31 @@ from tqdm import tqdm
 
 END_OF_TEXT = "<|endoftext|>"
 TINYSTORIES = "roneneldan/TinyStories"
-ALL_STORIES = 2_119_719  # in its training split
+BUILT_IN = "made-up stories of a small built-in grammar"
+ALL_STORIES = 2_119_719  # of TinyStories, for training
+FIRST_STORIES = 500_000  # the first of its files holds as many
 SMALL_STORIES = 10_000  # as many as the preset for a CPU can use in its few minutes
 SMALL_VOCABULARY = "4096"  # with GPT-2's words the head would be most of a small model's work
-BUILT_IN = "made-up stories of a small built-in grammar"
-HERE = Path(__file__).resolve().parent
-HELD_OUT = 100  # one document in so many is for validation
-BATCH = 256  # parts of documents that are encoded in one call, on all cores
-CHUNK = 2**18  # characters of a .txt that are read at once
-LEARN_FROM = 10_000  # parts of documents from which a vocabulary is learned
+HELD_OUT = 100  # one token in so many is for validation
+CHUNK = 2**16  # characters of a .txt that are read at once
+BATCH = 512  # pieces that are encoded in one call, on all cores
+LEARN_FROM = 20_000  # pieces from which a vocabulary is learned
+TOKENIZER_FILES = r"([^/]*token[^/]*|(generation_)?config|chat_template[^/]*)\.(json|jinja)"
+DAMAGE = (ValueError, OSError, LookupError, EOFError, zlib.error, lzma.LZMAError, ArrowException)
+UNREACHABLE = (errno.ECONNREFUSED, errno.ENETUNREACH, errno.EHOSTUNREACH)
 WAITS = (1, 4, 16, 0)  # seconds between tries where the hub's client does not try again itself
+HERE = Path(__file__).resolve().parent
 GPT2 = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
 
 class UserError(ValueError):
     """A mistake of the user or an answer of the hub: one line, without a traceback."""
 
-
-def one_line(error):
-    return " ".join(str(error).split()) or type(error).__name__
+    def __str__(self):
+        return " ".join(super().__str__().split())
 
 
 # ---- tokenizers ----------------------------------------------------------------------------------
-
-
 class Tokenizer:
     """A tokenizer of transformers from the texts of its files, {"tokenizer.json": text, ...}.
 
@@ -87,10 +83,7 @@ class Tokenizer:
             self.backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
             given, model, generation = (dict(json.loads(files.get(n, "{}"))) for n in names)
         except Exception as error:  # `tokenizers` raises nothing more special
-            raise UserError(
-                f"{', '.join(['tokenizer.json', *names])}: one is missing, damaged or a pointer of "
-                f"git-lfs, to be pulled: {error!r}"
-            ) from error
+            raise UserError(f"tokenizer.json is missing or damaged: {error!r}") from error
         self.backend.no_truncation()
         self.backend.no_padding()
         tokens = (given.get("bos_token"), given.get("eos_token"))
@@ -106,7 +99,7 @@ class Tokenizer:
             ends += others if isinstance(others, list) else [others]
         self.end_tokens = [token for token in dict.fromkeys(ends) if token is not None]
         generation |= {"bos_token_id": bos, "eos_token_id": self.end_tokens}
-        self.files = {**files, "generation_config.json": json.dumps(generation, indent=2) + "\n"}
+        self.files = {**files, "generation_config.json": json.dumps(generation, indent=2)}
         self.files.pop("config.json", None)
         # Special tokens in a text are ordinary text, so the model needs no rows for most of them.
         self.backend.encode_special_tokens = True
@@ -114,6 +107,7 @@ class Tokenizer:
         special = {token for token, kind in added if kind.special}
         ordinary = set(self.backend.get_vocab().values()) - special
         self.vocab_size = 1 + max(*ordinary, *self.end_tokens, self.bos_token or 0)
+        self.dtype = "uint16" if self.vocab_size <= 2**16 else "uint32"
 
     def encode(self, text):
         # A prompt may hold half a surrogate pair, which stands for a broken byte.
@@ -140,8 +134,8 @@ def byte_level(model, trainer=None, texts=()):
     backend.add_special_tokens([END_OF_TEXT])
     config = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    text = json.dumps(config, indent=2) + "\n"
-    return Tokenizer({"tokenizer.json": backend.to_str(), "tokenizer_config.json": text})
+    files = {"tokenizer.json": backend.to_str()}
+    return Tokenizer({**files, "tokenizer_config.json": json.dumps(config, indent=2)})
 
 
 def learn_tokenizer(texts, size):
@@ -157,12 +151,8 @@ def learn_tokenizer(texts, size):
 def load_tokenizer(name):
     """The Tokenizer "gpt2", or that of a folder of transformers or of a model on the hub."""
     if name != "gpt2":
-        wanted = re.compile(r"(.*token.*|(generation_)?config|chat_template.*)\.(json|jinja)")
-        paths = [path for path in model_folder(name).iterdir() if wanted.fullmatch(path.name)]
-        try:
-            return Tokenizer({path.name: path.read_text("utf-8") for path in paths})
-        except (ValueError, OSError) as error:
-            raise UserError(f"the tokenizer of {name}: {one_line(error)}") from error
+        paths = map(Path, fetch(name, "model", TOKENIZER_FILES))
+        return Tokenizer({path.name: path.read_text("utf-8", "replace") for path in paths})
     import tiktoken
 
     try:
@@ -171,15 +161,15 @@ def load_tokenizer(name):
         words, merges = (tiktoken.load.read_file_cached(url).decode() for url in urls)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"cannot load GPT-2's vocabulary ({one_line(error)}): set TIKTOKEN_CACHE_DIR to a "
-            "folder with another machine's 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6 and "
+            f"cannot load GPT-2's vocabulary ({error}): set TIKTOKEN_CACHE_DIR to a folder with "
+            "another machine's 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6 and "
             "6d1cbeee0f20b3d9449abfede4726ed8212e3aee, or use --tokenizer 8192"
         ) from error
     pairs = [tuple(line.split()) for line in merges.splitlines()[1:]]
     return byte_level(tokenizers.models.BPE(json.loads(words), pairs))
 
 
-# ---- models of transformers ----------------------------------------------------------------------
+# ---- models of transformers and the hub ----------------------------------------------------------
 
 FIELDS = {  # config.json's names of GemmaConfig's fields
     "vocab_size": "vocab_size", "max_position_embeddings": "context_length",
@@ -193,32 +183,22 @@ FIELDS = {  # config.json's names of GemmaConfig's fields
 IMPLEMENTED = {  # other entries, with the only value that is implemented
     "model_type": "gemma3_text", "attention_bias": False, "hidden_activation": "gelu_pytorch_tanh",
     "attn_logit_softcapping": None, "final_logit_softcapping": None, "quantization_config": None,
-    "use_bidirectional_attention": False, "rope_type": "default", "type": "default",
+    "use_bidirectional_attention": False, "rope_type": "default",
 }  # fmt: skip
-
-
-def model_folder(name, kinds="json|jinja"):
-    """The folder `name`, or that in the hub's cache with the model's files of those kinds."""
-    if os.path.isdir(name):
-        return Path(name)
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) or os.path.isdir(os.path.dirname(name)):
-        raise UserError(f"there is no folder {name}")
-    paths = [download() for download in hub_files(name, "model", rf"[^/]+\.({kinds})").values()]
-    return Path(paths[0]).parent
 
 
 def read_config(given):
     """What config.json of a Gemma 3 holds -> GemmaConfig. UserError for what is not implemented"""
     from gemma270m import GemmaConfig
 
-    if given.get("model_type") == "gemma3":
-        raise UserError("it is multimodal, for text and images: take a text-only Gemma 3")
     ropes = given.get("rope_parameters") or {}
-    full, local = (ropes.get(f"{kind}_attention", ropes) for kind in ("full", "sliding"))
+    full = ropes.get("full_attention", ropes)
+    local = ropes.get("sliding_attention", {})
     for entries in (given, full, local, given.get("rope_scaling") or {}):
         for name, value in IMPLEMENTED.items():
             if entries.get(name) not in (value, None):
-                raise UserError(f"{name} {entries[name]} is not implemented")
+                other = f"{name} {entries[name]}"
+                raise UserError(f"{other} is not implemented, nor are multimodal models")
     types = given.get("layer_types")
     every = given.get("_sliding_window_pattern", 6)
     if types:
@@ -226,69 +206,52 @@ def read_config(given):
     given = {
         "tie_word_embeddings": True,
         "rope_theta": full.get("rope_theta", 1e6),
-        "rope_local_base_freq": 1e4 if local is ropes else local.get("rope_theta", 1e4),
+        "rope_local_base_freq": local.get("rope_theta", 1e4),
         "sliding_window_pattern": every,
         **given,
     }
-    missing = FIELDS.keys() - given.keys()
-    if missing:
-        raise UserError(f"config.json has no {min(missing)}")
     config = GemmaConfig(**{ours: given[theirs] for theirs, ours in FIELDS.items()})
     if types and types != config.layer_types:
         raise UserError(f"layer_types {types} is not implemented")
     return config
 
 
-def read_weights(folder):
-    """The weights in a folder under our names, in their own dtype. Raises UserError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    names = {"model.safetensors"}
-    index = folder / "model.safetensors.index.json"
-    if index.exists() and not (folder / "model.safetensors").exists():
-        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-    weights = {}
-    for name in sorted(names):
-        if not (folder / name).exists():
-            raise UserError(f"there is no {name}, and pytorch_model.bin is not read")
-        try:
-            weights |= load_file(folder / name)
-        except SafetensorError as error:
-            reason = f"damaged, not whole, or a pointer of git-lfs, to be pulled ({error})"
-            raise UserError(f"{name} is {reason}") from error
-    return {name.removeprefix("model."): weight for name, weight in weights.items()}
-
-
 def read_model(name):
     """A folder of transformers, or a model on the hub -> (GemmaConfig, weights, Tokenizer)"""
     import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     from gemma270m import Gemma
 
-    folder = model_folder(name, "json|jinja|safetensors")
-    tokenizer = load_tokenizer(str(folder))
+    paths = fetch(name, "model", r"[^/]+\.(json|jinja|safetensors)")
+    files = {os.path.basename(path): Path(path) for path in paths}
+    shards = ["model.safetensors"]
     try:
-        config = read_config(json.loads((folder / "config.json").read_text("utf-8")))
+        tokenizer = load_tokenizer(name)
+        config = read_config(json.loads(files["config.json"].read_text("utf-8")))
         if tokenizer.vocab_size > config.vocab_size:
             raise UserError(f"{tokenizer.vocab_size} words exceed vocab_size {config.vocab_size}")
-        weights = read_weights(folder)
+        if "model.safetensors" not in files:
+            index = files["model.safetensors.index.json"].read_text("utf-8")
+            shards = set(json.loads(index)["weight_map"].values())
+        weights = {}
+        for shard in shards:
+            weights |= load_file(files[shard])
+        weights = {key.removeprefix("model."): weight for key, weight in weights.items()}
         for key, weight in weights.items():
-            if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-                raise UserError(f"{key} is {weight.dtype}, which is not implemented")
-            if not weight.isfinite().all():
-                raise UserError(f"{key} is not finite")
-        head = weights.pop("lm_head.weight", None) if config.tie_embeddings else None
+            if weight.itemsize == 1 or not weight.isfinite().all():
+                raise UserError(f"{key} has only 8 bits, or is not finite")
+        head = weights.get("lm_head.weight")
+        if config.tie_embeddings and head is not None:
+            if torch.equal(head, weights["embed_tokens.weight"]):
+                del weights["lm_head.weight"]
         with torch.device("meta"):
             Gemma(config).load_state_dict(weights, assign=True)
-        if head is not None and not torch.equal(head, weights["embed_tokens.weight"]):
-            raise UserError("lm_head.weight is not the embedding, to which it is tied")
-    except (ValueError, OSError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{name} cannot be loaded: {one_line(error)}") from error
+    except (*DAMAGE, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
+        cure = "pytorch_model.bin is not read; pull pointers of git-lfs and damaged files again"
+        raise UserError(f"{name} cannot be loaded: {error} ({cure})") from error
     return config, weights, tokenizer
-
-
-# ---- the hub -------------------------------------------------------------------------------------
 
 
 def ask_hub(function, repo, **options):
@@ -303,77 +266,56 @@ def ask_hub(function, repo, **options):
             causes = [error]
         while causes[-1].__cause__ or causes[-1].__context__:
             causes.append(causes[-1].__cause__ or causes[-1].__context__)
-        status = 504 if any(isinstance(cause, HTTPError) for cause in causes) else 0
-        reason = f"{repo}: {one_line(causes[0])}"
-        for cause in reversed(causes):
-            unreachable = getattr(cause, "errno", None) in (errno.ENETUNREACH, errno.EHOSTUNREACH)
-            if unreachable or isinstance(cause, (socket.gaierror, ConnectionRefusedError)):
-                raise ConnectionError(f"no network to ask for {repo} ({one_line(cause)})")
-            if getattr(cause, "response", None) is not None:
-                status = cause.response.status_code
-                reason = f"{repo}: {one_line(cause)}"
-        if status in (401, 403) and "token" not in options and get_token():
-            # What everybody may read is refused to those who come with an expired token.
-            print(f"{reason}: trying without the token", flush=True)
-            options["token"] = False
-        elif wait and (status in (408, 429) or status >= 500):
-            print(f"{reason}: trying again in {wait} s", flush=True)
-            time.sleep(wait)
-        else:
+        root = causes[-1]
+        if isinstance(root, socket.gaierror) or getattr(root, "errno", None) in UNREACHABLE:
+            raise ConnectionError(f"no network to ask for {repo} ({root})")
+        # The cause that holds the hub's answer tells the hub's own reason.
+        answers = [cause for cause in causes if getattr(cause, "response", None) is not None]
+        status = answers[0].response.status_code if answers else None
+        reason = UserError(f"{repo}: {[*answers, *causes][0]}")
+        passing = any(isinstance(cause, HTTPError) for cause in causes)
+        if wait == 0 or not passing or status in (401, 403, 404):
             break
+        print(f"{reason}: trying again in {wait} s", flush=True)
+        time.sleep(wait)
+    cure = "wait some minutes and run this again; or does a login page of the network answer?"
     if status in (401, 403, 404):
         page = f"{constants.ENDPOINT}/{repo}"
-        reason += f": check the name, or accept the terms at {page} and run hf auth login"
-    elif status:
-        reason += ": wait some minutes and run this again"
-    elif any(isinstance(cause, json.JSONDecodeError) for cause in causes):
-        reason += ": this is not the hub; does a login page of the network answer in its place?"
-    raise UserError(reason) from causes[0]
+        cure = f"check the name, or accept the terms at {page} and run hf auth login"
+    raise UserError(f"{reason}: {cure}") from causes[0]
 
 
-def hub_files(repo, kind, pattern):
-    """{name: function} of a repository's files, those in the cache where the hub gives no list.
+def fetch(name, kind, pattern):
+    """The paths of the files that match in a folder, or in a repository of the hub, downloaded.
 
-    The function downloads the file if need be and returns its path.
+    Where the hub gives no list of files, those have to do that are in the cache.
     """
+    if os.path.isdir(name):
+        return [str(path) for path in Path(name).iterdir() if re.fullmatch(pattern, path.name)]
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) or os.path.isdir(os.path.dirname(name)):
+        raise UserError(f"there is no folder {name}")
+    # The set is public, so an expired token is left out.
+    options = {"repo_type": kind, "token": False if kind == "dataset" else None}
     try:
-        info = ask_hub(HfApi().repo_info, repo, repo_type=kind, timeout=10)
-        get = partial(ask_hub, hf_hub_download, repo, repo_type=kind)
-        files = {file.rfilename: partial(get, filename=file.rfilename) for file in info.siblings}
-    except (ValueError, ConnectionError) as error:
-        cache = Path(constants.HF_HUB_CACHE, f"{kind}s--{repo.replace('/', '--')}", "snapshots")
-        newest = max(cache.glob("*"), key=os.path.getmtime, default=cache)
-        paths = [path for path in newest.rglob("*") if path.is_file()]
-        if not paths:
+        info = ask_hub(HfApi().repo_info, name, timeout=10, **options)
+        files = [file.rfilename for file in info.siblings]
+    except (UserError, ConnectionError) as error:
+        cache = Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}", "snapshots")
+        paths = [path.relative_to(cache).as_posix() for path in cache.rglob("*")]
+        files = [path.partition("/")[2] for path in paths]
+        if not any(re.fullmatch(pattern, file) for file in files):
             raise
         print(f"{error}; taking what is in the cache", flush=True)
-        files = {path.relative_to(newest).as_posix(): partial(str, path) for path in paths}
-    found = {name: files[name] for name in sorted(files) if re.fullmatch(pattern, name)}
-    if not found:
-        raise UserError(f"{repo} holds nothing called {pattern}")
-    return found
+    wanted = sorted(file for file in files if re.fullmatch(pattern, file))
+    return [ask_hub(hf_hub_download, name, filename=file, **options) for file in wanted]
 
 
-# ---- reading -------------------------------------------------------------------------------------
+# ---- text in, tokens out -------------------------------------------------------------------------
 
-# A new word begins where white space follows something else, so parts that are cut there have the
-# tokens of the whole. Only space and newline are white space to everybody.
-PARTS = re.compile(r".{1,4096}(?:\Z|(?<=\S)(?=[ \n]))|.{1,4096}", re.DOTALL)
-
-
-def split(documents, limit=None):
-    """The parts of documents, up to `limit` of these, as pairs (part, ends), without blank ones."""
-    count = 0
-    begins = True
-    for text, ends in documents:
-        if not (begins and ends) or text.strip():
-            parts = PARTS.findall(text) or [""]
-            yield from ((part, False) for part in parts[:-1])
-            yield parts[-1], ends
-            begins = ends
-            count += ends
-            if count == limit:
-                return
+# Documents are read as pieces, with None behind the last one of each. A new word begins where white
+# space follows something else, so pieces that are cut there have the tokens of the whole. Only
+# space and newline are white space to everybody.
+PIECES = re.compile(r".{1,4096}(?:\Z|(?<=\S)(?=[ \n]))|.{1,4096}", re.DOTALL)
 
 
 def read_txt(file):
@@ -383,23 +325,19 @@ def read_txt(file):
     while chunk := file.read(CHUNK):
         *documents, text = (text + chunk).replace("\r\n", "\n").split(END_OF_TEXT)
         for document in documents:
-            yield document, True
-        parts = PARTS.findall(text)
-        if len(parts) > 2:  # the last ones may end with half a marker
-            yield "".join(parts[:-2]), False
-            text = "".join(parts[-2:])
-    yield text, True
+            yield from [*PIECES.findall(document), None]
+        pieces = PIECES.findall(text)
+        yield from pieces[:-2]
+        text = "".join(pieces[-2:])  # the last ones may end with half a marker
+    yield from [*PIECES.findall(text), None]
 
 
 def read_rows(path, file):
     """What stands in `text` of each row of .parquet, or of each line of JSON."""
     if path.endswith(".parquet"):
-        table = ParquetFile(path, buffer_size=2**20)
-        if "text" not in table.schema_arrow.names:
-            raise UserError("there is no column `text`")
-        for group in range(table.num_row_groups):  # what has been read stays until its call ends
-            for batch in table.iter_batches(64, row_groups=[group], columns=["text"]):
-                yield from batch.column("text").to_pylist()
+        table = ParquetFile(path, buffer_size=2**20, pre_buffer=False)
+        for batch in table.iter_batches(64, columns=["text"]):
+            yield from batch.column("text").to_pylist()
     else:
         for line in file:
             row = json.loads(line)
@@ -417,202 +355,166 @@ def read_files(patterns, skipped=None):
                     continue
                 for number, text in enumerate(read_rows(path, file), 1):
                     if isinstance(text, str) and text == text.encode("utf-8", "replace").decode():
-                        yield text.removeprefix("\ufeff").replace("\r\n", "\n"), True
+                        text = text.removeprefix("\ufeff").replace("\r\n", "\n")
+                        yield from [*PIECES.findall(text), None]
                     elif skipped is None:
                         raise UserError(f"row {number}: no text in `text`; see --skip_bad")
                     else:
                         skipped.add((path, number))
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8, perhaps UTF-16: save it as UTF-8") from error
-        except (ValueError, OSError, EOFError, zlib.error, lzma.LZMAError, ArrowException) as error:
-            raise UserError(f"{path}: {one_line(error)}") from error
-
-
-def read_shards(files):
-    """The documents of TinyStories' shards, each downloaded when its turn comes."""
-    for download in files.values():
-        yield from read_files([download()])
-    if f"-of-{len(files):05}" not in min(files):  # the first ones are enough for as many stories
-        raise UserError(f"only {len(files)} shards of {TINYSTORIES} are in the cache: go online")
+        except DAMAGE as error:
+            raise UserError(f"{path}: {error}") from error
 
 
 def make_stories(seed=0):
-    """Different stories of 60 to 250 words without end, the same ones for the same seed."""
-    grammar = ConfigParser(interpolation=None)
-    grammar.read_string((HERE / "assets" / "stories.txt").read_text("utf-8"))
+    """Stories of 60 to 250 words without end, the same ones for the same seed."""
+    grammar = json.loads((HERE / "assets" / "stories.json").read_text("utf-8"))
     rng = random.Random(seed)
-    seen = set()
     while True:
-        plot = grammar[rng.choice(grammar.sections()[2:])]
-        cast = grammar["casts"][rng.choice(plot["who"].split())]
-        words = dict(grammar["words"])
-        for prefix, person in zip(("", "f"), rng.sample(cast.split("\n")[1:], 2)):
-            keys = (prefix + key for key in "name kind he him his parent phe full".split())
-            words |= zip(keys, person.split(", "))
+        plot = rng.choice(grammar["plots"])
+        person, friend = rng.sample(grammar[rng.choice(plot["who"])], 2)
+        words = {**grammar["words"], **person, **{f"f{key}": friend[key] for key in friend}}
         words |= {key.title(): word.title() for key, word in words.items()}
-        case = rng.choice(plot["cases"].split("\n")[1:]).split("; ")
-        text = plot["text"].strip()
+        case = rng.choice(plot["cases"])
+        text = "\n\n".join(plot["text"])
         while "{" in text:  # more than once, because what is filled in may have blanks too
             text = text.format(*case, **words)
         while "[" in text:  # the innermost choices first
             text = re.sub(r"\[([^][]*)\]", lambda match: rng.choice(match[1].split("|")), text)
-        text = "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
-        if text not in seen:
-            seen.add(text)
-            yield text, True
+        yield from [text, None]
 
 
-# ---- writing -------------------------------------------------------------------------------------
-
-
-def encode(documents, tokenizer, limit):
-    """The tokens of documents, with those at their begin and end, as pairs (ids, ends)."""
-    parts = split(documents, limit)
+def write_tokens(folder, split, pieces, tokenizer, limit):
+    """Writes up to `limit` documents, blank ones left out -> how many, with how many tokens."""
+    documents = 0
+    tokens = 0
     begins = True
-    while batch := list(islice(parts, BATCH)):
-        texts, all_ends = zip(*batch)
-        for ids, ends in zip(tokenizer.encode_batch(texts), all_ends):
-            if begins and tokenizer.bos_token is not None:
-                ids = [tokenizer.bos_token, *ids]
-            yield ids + tokenizer.end_tokens[:ends], ends
-            begins = ends
+    bar = tqdm(total=limit, unit=" documents", disable=None)
+    with open(folder / f"{split}.bin", "wb") as file, bar:
+        while documents != limit and (batch := list(islice(pieces, BATCH))):
+            for piece, ids in zip(batch, tokenizer.encode_batch([piece or "" for piece in batch])):
+                if begins and not (piece or "").strip():
+                    continue  # nothing of this document has been written, so it leaves no end
+                if begins and tokenizer.bos_token is not None:
+                    ids = [tokenizer.bos_token, *ids]
+                begins = piece is None
+                if begins:
+                    ids = tokenizer.end_tokens[:1]
+                    documents += 1
+                    bar.update()
+                file.write(np.array(ids, tokenizer.dtype))
+                tokens += len(ids)
+                if documents == limit:
+                    break
+    if documents == 0:
+        raise UserError(f"there is too little text, for {split}")
+    return {f"{split}_documents": documents, f"{split}_tokens": tokens}
 
 
-def write_tokens(folder, dtype, encoded, total):
-    """Writes {split: pairs (ids, ends)} to train.bin and val.bin -> counts of documents and tokens.
-
-    Without a split "val" it gets one training document of HELD_OUT, or, if they are fewer, the last
-    HELD_OUT-th part of their tokens.
-    """
-    counts = Counter(train_documents=0, val_documents=0, train_tokens=0, val_tokens=0)
-    train, val = (open(folder / f"{split}.bin", "wb+") for split in ("train", "val"))
-    with train, val:
-        for split, pairs in encoded.items():
-            for ids, ends in tqdm(pairs, total=total, unit=" parts", disable=None):
-                number = counts["train_documents"] + counts["val_documents"] + 1
-                held_out = "val" not in encoded and number % HELD_OUT == 0
-                place = "val" if held_out else split
-                (train if place == "train" else val).write(np.array(ids, dtype))
-                counts[f"{place}_documents"] += ends
-                counts[f"{place}_tokens"] += len(ids)
-        if not counts["val_tokens"] and counts["train_tokens"] > 3:
-            share = max(2, counts["train_tokens"] // HELD_OUT)
-            counts.update(val_documents=1, val_tokens=share, train_tokens=-share)
-            size = train.seek(counts["train_tokens"] * np.dtype(dtype).itemsize)
-            shutil.copyfileobj(train, val)
-            train.truncate(size)
-    if min(counts["train_tokens"], counts["val_tokens"]) < 2:
-        raise UserError("there is too little text to train on and to validate with")
-    return counts
+def hold_out(folder, meta):
+    """Moves the last HELD_OUT-th part of the tokens from train.bin to val.bin."""
+    train = np.memmap(folder / "train.bin", meta["dtype"], "r")
+    val = train[-(len(train) // HELD_OUT + 2) :].copy()
+    val.tofile(folder / "val.bin")
+    os.truncate(folder / "train.bin", train.nbytes - val.nbytes)
+    meta["val_documents"] = int(np.count_nonzero(val == meta["end_tokens"][0]))
+    meta["val_tokens"] = len(val)
+    for count in ("documents", "tokens"):
+        meta[f"train_{count}"] -= meta[f"val_{count}"]
 
 
 # ---- command line --------------------------------------------------------------------------------
-
-
 def has_gpu():
     """Whether training takes a GPU; asked in a process of its own, since torch needs 200 MB."""
     code = "import gemma270m, sys; sys.exit(gemma270m.pick_device('auto').type != 'cuda')"
     return subprocess.run([sys.executable, "-c", code], cwd=HERE).returncode == 0
 
 
-def choose_text(args, skipped):
-    """-> where text is from, {"train", perhaps "val": function that gives documents}"""
-    if args.input:
-        texts = {"train": args.input, "val": args.val_input}
-        texts = {
-            split: partial(read_files, texts[split], skipped) for split in texts if texts[split]
-        }
-        return " ".join(args.input), texts
+def find_tinystories(limit, out):
+    """-> where `limit` stories are from, {"train", "val": paths, or seeds for made-up ones}"""
+    shards = "train-00000" if limit <= FIRST_STORIES else "train"
     try:
-        files = hub_files(TINYSTORIES, "dataset", r"data/(train|validation)-.*\.parquet")
+        train = fetch(TINYSTORIES, "dataset", f"data/{shards}-.*")
+        val = fetch(TINYSTORIES, "dataset", "data/validation-.*")
     except ConnectionError as error:
-        meta = Path(args.out_dir, "meta.json")
+        meta = out / "meta.json"
         if meta.exists() and BUILT_IN not in meta.read_text("utf-8"):
-            raise UserError(f"{error}; {args.out_dir} keeps the data that it holds") from error
+            raise UserError(f"{error}; {out} keeps the data that it holds") from error
         print(f"No TinyStories but {BUILT_IN}: {error}", flush=True)
-        return BUILT_IN, {"train": make_stories, "val": partial(make_stories, 1)}
-    train = {name: files[name] for name in files if name.startswith("data/train")}
-    val = {name: files[name] for name in files if name not in train}
-    return TINYSTORIES, {"train": partial(read_shards, train), "val": partial(read_shards, val)}
-
-
-def write_data(folder, args, source, texts, name, limit):
-    """Writes the files of a data folder, its tokenizer by name -> what its meta.json says"""
-    train = texts["train"]
-    if args.model:
-        from gemma270m import save_checkpoint
-
-        config, weights, tokenizer = read_model(name)
-        save_checkpoint(folder / "init.pt", {"model_config": asdict(config), "model": weights})
-    elif name.isdecimal():
-        parts = islice(split(train(), limit), LEARN_FROM)
-        tokenizer = learn_tokenizer((part for part, _ in parts), int(name))
-        name = f"{int(name):,} learned from the text"
-    else:
-        tokenizer = load_tokenizer(name)
-    limits = {"train": limit, "val": None}
-    if not args.input and limit:
-        limits["val"] = max(200, limit // HELD_OUT)
-    elif "val" not in texts and limit:
-        limits["train"] += (limit - 1) // (HELD_OUT - 1)  # so many more are held out
-    encoded = {part: encode(texts[part](), tokenizer, limits[part]) for part in texts}
-    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-    counts = write_tokens(folder, dtype, encoded, None if args.input else limit or ALL_STORIES)
-    for file, text in tokenizer.files.items():
-        (folder / file).write_text(text, "utf-8")
-    meta = {
-        "source": source,
-        "tokenizer": name,
-        "vocab_size": tokenizer.vocab_size,
-        "dtype": dtype,
-        "bos_token": tokenizer.bos_token,
-        "end_tokens": tokenizer.end_tokens,
-        "tokenizer_files": sorted(tokenizer.files),
-        **counts,
-    }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-    return meta
+        return BUILT_IN, {"train": 0, "val": 1}
+    if shards == "train" and f"-of-{len(train):05}-" not in f"{train}":
+        raise UserError(f"only {len(train)} shards of {TINYSTORIES} are in the cache: go online")
+    return TINYSTORIES, {"train": train, "val": val}
 
 
 def prepare(args):
     """Makes the data folder that is asked for, or leaves it as it was, and prints what it holds."""
-    decided = (args.tokenizer or args.model) and (args.input or args.limit)
-    gpu = not decided and has_gpu()
-    skipped = set() if args.skip_bad else None
-    source, texts = choose_text(args, skipped)
-    small = not gpu or source == BUILT_IN
-    limit = args.limit or (SMALL_STORIES if small and not args.input else None)
-    name = args.model or args.tokenizer or (SMALL_VOCABULARY if small else "gpt2")
-    if not decided:
-        amount = f"{limit:,}" if limit else "all"
-        print(
-            f"{'A' if gpu else 'No'} GPU: {amount} documents of {source}, tokenizer {name}", end=""
-        )
-        print("; --limit and --tokenizer change that", flush=True)
     out = Path(args.out_dir)
+    skipped = set() if args.skip_bad else None
+    read = partial(read_files, skipped=skipped)
+    limit = args.limit
+    name = args.model or args.tokenizer
+    large = not (name and (args.input or limit)) and has_gpu()
+    if args.input:
+        source = " ".join(args.input)
+        texts = {"train": args.input, "val": args.val_input}
+    else:
+        source, texts = find_tinystories(limit or (ALL_STORIES if large else SMALL_STORIES), out)
+        if source == BUILT_IN:
+            read = make_stories
+            large = False
+        limit = limit or (ALL_STORIES if large else SMALL_STORIES)
+    name = name or ("gpt2" if large else SMALL_VOCABULARY)
+    print(f"Documents: {limit or 'all'} of {source}; tokenizer: {name}", flush=True)
+
+    if args.model:
+        config, weights, tokenizer = read_model(name)
+    elif name.isdecimal():
+        pieces = islice(read(texts["train"]), LEARN_FROM)
+        tokenizer = learn_tokenizer(filter(None, pieces), int(name))
+        name = f"{int(name):,} learned from the text"
+    else:
+        tokenizer = load_tokenizer(name)
+
     new = out / ".new"
-    made = not out.exists()
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
-        meta = write_data(new, args, source, texts, name, limit)
+        if args.model:
+            from gemma270m import save_checkpoint
+
+            save_checkpoint(new / "init.pt", {"model_config": asdict(config), "model": weights})
+        for file, text in tokenizer.files.items():
+            (new / file).write_text(text, "utf-8")
+        meta = {
+            "source": source,
+            "tokenizer": name,
+            "vocab_size": tokenizer.vocab_size,
+            "dtype": tokenizer.dtype,
+            "bos_token": tokenizer.bos_token,
+            "end_tokens": tokenizer.end_tokens,
+            "tokenizer_files": sorted(tokenizer.files),
+        }
+        for split, text in texts.items():
+            if text is None:
+                hold_out(new, meta)
+            else:
+                meta |= write_tokens(new, split, read(text), tokenizer, limit)
         # The old files go first and meta.json comes last: without it the folder looks unfinished.
         for stale in ("meta.json", "init.pt"):
             (out / stale).unlink(missing_ok=True)
-        for file in sorted(os.listdir(new), key="meta.json".__eq__):
-            os.replace(new / file, out / file)
+        for path in new.iterdir():
+            path.replace(out / path.name)
+        (out / "meta.json").write_text(json.dumps(meta, indent=2))
     finally:
         shutil.rmtree(new, ignore_errors=True)
-        if made and not any(out.iterdir()):
+        if not any(out.iterdir()):
             out.rmdir()
-    for part in ("train", "val"):
-        count = f"{meta[f'{part}_documents']:,} documents, {meta[f'{part}_tokens']:,} tokens"
-        print(f"{out / part}.bin: {count}")
+    print(f"Tokens: {meta['train_tokens']:,} for training, {meta['val_tokens']:,} for validation")
     if skipped:
         print(f"Rows without text, skipped: {len(skipped):,}")
-    print(f"Tokenizer: {meta['tokenizer']}; {meta['vocab_size']:,} different tokens")
-    folder = "" if args.out_dir == "data" else f" --data_dir {shlex.quote(args.out_dir)}"
-    print(f"Next: python gemma270m.py{folder}")
+    print(f"Next: python gemma270m.py --data_dir {out}")
 
 
 def main(argv=None):
@@ -621,8 +523,8 @@ def main(argv=None):
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     flag = parser.add_argument
     flag("--input", nargs="+", metavar="FILE", help=".txt, .jsonl, .json (also .gz, .xz), .parquet")
-    flag("--val_input", nargs="+", metavar="FILE", help="else every 100th document is held out")
-    flag("--limit", type=int, metavar="N", help="at most N training documents")
+    flag("--val_input", nargs="+", metavar="FILE", help="else the last hundredth is for validation")
+    flag("--limit", type=int, metavar="N", help="at most N documents")
     flag("--tokenizer", metavar="NAME", help="gpt2, how many words to learn, or a model")
     flag("--model", metavar="NAME", help="to fine-tune, a folder or hub name")
     flag("--out_dir", default="data", metavar="DIR", help="where to write; default: data")
@@ -640,7 +542,7 @@ def main(argv=None):
         print("prepare.py: interrupted", file=sys.stderr)
         return 130
     except (UserError, OSError) as error:
-        print(f"prepare.py: error: {one_line(error)}", file=sys.stderr)
+        print(f"prepare.py: error: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -1,12 +1,9 @@
-"""
-Continues a prompt with a model of gemma270m.py, showing the text as it comes; or exports the model.
+"""Continues a prompt with a model of gemma270m.py, showing text as it comes; or exports the model.
 
-    python sample.py --ckpt out.pt --prompt "Once upon a time"
-    python sample.py --ckpt out.pt --prompt FILE:start.txt --num_samples 4 --temperature 0.7
-    python sample.py --ckpt FOLDER --chat "Why is the sky blue?"    # a model of transformers
-    python sample.py --ckpt out.pt --export FOLDER                  # for transformers
-
-The text goes to standard output; speed and reason for the end go to standard error.
+python sample.py --ckpt out.pt --prompt "Once upon a time"
+python sample.py --ckpt out.pt --prompt FILE:start.txt --num_samples 4 --temperature 0.7
+python sample.py --ckpt FOLDER --chat "Why is the sky blue?"    # a model of transformers
+python sample.py --ckpt out.pt --export FOLDER                  # for transformers
 """
 
 import argparse
@@ -82,8 +79,7 @@ def predict(model, cache, tokens):
     The first call takes the prompt, each other one a single token.
     """
     # On a CPU, oneDNN is slow with a single row; its other settings stay as they are.
-    several_rows = tokens.numel() > 1
-    with torch.backends.mkldnn.flags(several_rows, None, None, None):
+    with torch.backends.mkldnn.flags(tokens.numel() > 1, None, None, None):
         x = model.features(tokens, cache.length, cache.layers)
         logits = F.linear(x[:, -1], model.head)
     cache.length += tokens.size(1)
@@ -102,8 +98,8 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     """
     if temperature < 1e-6:
         return logits.argmax(-1)
-    tokens = None
     logits = logits / temperature
+    tokens = torch.arange(logits.size(-1), device=logits.device).expand_as(logits)
     if top_k or top_p:
         k = min(top_k or logits.size(-1), logits.size(-1))
         logits, tokens = logits.topk(k)  # in falling order
@@ -115,8 +111,6 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     # The Gumbel-max trick (arXiv 1611.01144), because torch.multinomial would wait for the GPU.
     noise = torch.empty_like(logits).exponential_(generator=generator)
     drawn = (logits - noise.log()).argmax(-1)
-    if tokens is None:
-        return drawn
     return tokens.gather(1, drawn[:, None]).squeeze(1)
 
 
@@ -132,9 +126,8 @@ def stream(
     Raises UserError if the tokens do not fit into the context or a value is out of range.
     """
     B, T = tokens.shape
-    context = model.config.context_length
-    if T < 1 or max_new_tokens < 0 or T + max_new_tokens > context:
-        raise UserError(f"{T} + {max_new_tokens} tokens do not fit into a context of {context}")
+    if T < 1 or max_new_tokens < 1 or T + max_new_tokens > model.config.context_length:
+        raise UserError(f"a prompt of {T} tokens and {max_new_tokens} do not fit into the context")
     if not 0 <= temperature < 1e9:
         raise UserError(f"temperature cannot be {temperature}")
     if top_k is not None and top_k < 0:
@@ -165,16 +158,15 @@ def stream(
 class Text:
     """The text of tokens that come one by one; a character appears once its last byte is there."""
 
-    def __init__(self, tokenizer, end_tokens):
+    def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.end_tokens = end_tokens
         self.content = ""
         self.ended = False
         self.waiting = []  # tokens whose last character may want more bytes
 
     def add(self, token):
         """Takes a token and returns the characters that it completes; none after an end token."""
-        self.ended = self.ended or token in self.end_tokens
+        self.ended = self.ended or token in self.tokenizer.end_tokens
         if not self.ended:
             self.waiting.append(token)
         if self.tokenizer.decode(self.waiting).endswith("\ufffd"):
@@ -191,18 +183,13 @@ class Text:
 
 # ---- Reading and writing models ------------------------------------------------------------------
 def load(path):
-    """The model, its tokenizer and its end tokens, from a checkpoint, a folder or the hub.
-
-    Raises UserError if there is no such model, or if it is damaged.
-    """
+    """A checkpoint, folder or hub name -> model, tokenizer, end tokens. Raises UserError."""
     try:
         if Path(path).is_file() or path.endswith(".pt"):
             model, state = load_checkpoint(path)
             files = state.get("data", {}).get("tokenizer_files")
             if not files:
-                raise UserError(
-                    f"{path} holds no tokenizer: it is of an earlier version, or no run"
-                )
+                raise UserError(f"{path} holds no tokenizer: is it of an earlier version?")
             tokenizer = Tokenizer(files)
         else:
             config, weights, tokenizer = read_model(path)
@@ -218,26 +205,22 @@ library_name: transformers
 pipeline_tag: text-generation
 # license: to be chosen by the owner of the weights
 ---
-A Gemma 3 text model of {parameters:,} parameters, exported by sample.py of gemma270m.py.
+A Gemma 3 text model of {:,} parameters, exported by sample.py of gemma270m.py.
 
     from transformers import pipeline
-    pipeline("text-generation", "{folder}")("{start}Once upon a time")
+    pipeline("text-generation", "{}")("{}Once upon a time")
 """
 
 
 def export(model, tokenizer, folder):
-    """Writes what transformers reads to a new or empty folder, which appears when it is whole.
-
-    Raises UserError if the folder holds something or cannot be written.
-    """
+    """Writes what transformers reads to a new or empty folder, or raises UserError."""
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.is_file() or folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: name a new folder")
     c = model.config
     config = {
         **{official: getattr(c, ours) for official, ours in FIELDS.items()},
         "hidden_activation": "gelu_pytorch_tanh",
-        "attention_bias": False,
         "architectures": ["Gemma3ForCausalLM"],
         "model_type": "gemma3_text",
         "layer_types": c.layer_types,
@@ -257,8 +240,7 @@ def export(model, tokenizer, folder):
     start = ""
     if tokenizer.bos_token is None:
         start = tokenizer.backend.id_to_token(start_of_document(tokenizer))
-    card = {"parameters": model.num_parameters(), "folder": folder.name, "start": start}
-    files["README.md"] = MODEL_CARD.format(**card)
+    files["README.md"] = MODEL_CARD.format(model.num_parameters(), folder.name, start)
     weights = {}
     for name, weight in model.state_dict().items():
         official = name if name == "lm_head.weight" else f"model.{name}"
@@ -291,15 +273,13 @@ def llama_cpp_warnings(config, tokenizer):
 
 # ---- Command line --------------------------------------------------------------------------------
 def read_text(flag, text):
-    """The text that was given, or for FILE:PATH what the file holds. Raises UserError."""
-    if text is not None and text.startswith("FILE:"):
-        path = text.removeprefix("FILE:")
+    """What is given, or for FILE:PATH the file, no byte order mark and one kind of line end."""
+    if text.startswith("FILE:"):
         try:
-            text = Path(path).read_bytes().decode("utf-8")
+            text = Path(text.removeprefix("FILE:")).read_bytes().decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{flag}: {path} cannot be read as UTF-8 text: {error}") from error
-    # As in training text: no byte order mark, and one kind of line end.
-    return text and text.removeprefix("\ufeff").replace("\r\n", "\n")
+            raise UserError(f"{flag} cannot be read as UTF-8 text: {error}") from error
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
 def chat_tokens(tokenizer, question):
@@ -332,24 +312,13 @@ def start_of_document(tokenizer):
     return tokenizer.end_tokens[0] if tokenizer.bos_token is None else tokenizer.bos_token
 
 
-def first_tokens(args, tokenizer, config):
-    """The tokens of the prompt or question. Raises UserError if the model cannot take them."""
-    if args.chat is not None:
-        tokens = chat_tokens(tokenizer, args.chat)
-    else:
-        tokens = [start_of_document(tokenizer), *tokenizer.encode(args.prompt)]
-    if max(tokens) >= config.vocab_size:
-        raise UserError(
-            f"prompt: token {max(tokens)} is beyond the {config.vocab_size} of the model"
-        )
-    if len(tokens) >= config.context_length:
-        raise UserError(f"prompt: {len(tokens)} tokens fill the context of {config.context_length}")
-    return tokens
-
-
 def sample(args, model, tokenizer, end_tokens):
     """Prints args.num_samples continuations. Raises UserError for what cannot be done."""
-    start = first_tokens(args, tokenizer, model.config)
+    start = [start_of_document(tokenizer), *tokenizer.encode(args.prompt)]
+    if args.chat is not None:
+        start = chat_tokens(tokenizer, args.chat)
+    if max(start) >= model.config.vocab_size:
+        raise UserError(f"prompt: the model has no token {max(start)}")
     room = min(args.max_new_tokens, model.config.context_length - len(start))
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
@@ -359,13 +328,14 @@ def sample(args, model, tokenizer, end_tokens):
     if args.compile:
         model.compile_parts(**DECODING)
     generator = torch.Generator(device)
-    generator.manual_seed(args.seed if args.seed is not None else generator.seed())
+    generator.manual_seed(generator.seed() if args.seed is None else args.seed % 2**63)
     tokens = torch.tensor([start] * args.num_samples, device=device)
     choice = (args.temperature, args.top_k, args.top_p, end_tokens, generator)
 
-    texts = [Text(tokenizer, end_tokens) for _ in tokens]
+    texts = [Text(tokenizer) for _ in tokens]
     alone = len(texts) == 1
     made = 0
+    speed = ""
     # In float16 autocast keeps the residual stream in float32.
     with torch.autocast(device.type, dtype, enabled=dtype == torch.float16, cache_enabled=False):
         for new in stream(model, tokens, room, *choice):
@@ -375,21 +345,18 @@ def sample(args, model, tokenizer, end_tokens):
                 print(args.prompt if made == 1 else "", shown[0], sep="", end="", flush=True)
             if made == 2:  # what the prompt and the recording took is not decoding
                 began = time.perf_counter()
-    speed = ""
     if made > 2:
         rate = (made - 2) * len(texts) / (time.perf_counter() - began)
         speed = f", {rate:,.0f} tokens/s"
     rests = [text.finish() for text in texts]
-    if alone:
-        print(rests[0])
-    else:
-        print("\n---------------\n".join(args.prompt + text.content for text in texts))
-    ended = sum(text.ended for text in texts)
-    report = f"{made * len(texts):,} tokens{speed}, {ended} of {len(texts)} ended by end-of-text"
-    print(report, file=sys.stderr)
+    contents = [args.prompt + text.content for text in texts]
+    print(rests[0] if alone else "\n---------------\n".join(contents))
+    ended = f"{sum(text.ended for text in texts)} of {len(texts)} ended by end-of-text"
+    print(f"{made * len(texts):,} tokens{speed}, {ended}", file=sys.stderr)
 
 
-def parse_flags(argv):
+def main(argv=None):
+    """The command line. Raises UserError for what cannot be done."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     flag = functools.partial(parser.add_argument, metavar="")
@@ -401,9 +368,7 @@ def parse_flags(argv):
     flag("--max_new_tokens", type=int, default=512, help="longest continuation (default: 512)")
     flag("--temperature", type=float, default=0.8, help="0 takes the likeliest (default: 0.8)")
     flag("--top_k", type=int, default=64, help="draw from the k likeliest; 0: off (default: 64)")
-    flag(
-        "--top_p", type=float, default=0.95, help="and from the fewest with this probability (0.95)"
-    )
+    flag("--top_p", type=float, default=0.95, help="and from the fewest of this share (0.95)")
     flag("--seed", type=int, help="the same seed gives the same text (default: another each time)")
     flag("--device", default="auto", help="cuda, mps, cpu; auto takes a GPU if there is one")
     flag("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
@@ -411,16 +376,10 @@ def parse_flags(argv):
     args = parser.parse_args(argv)
     if args.num_samples < 1 or args.max_new_tokens < 1:
         parser.error("num_samples and max_new_tokens must be at least 1")
-    if args.seed is not None and abs(args.seed) >= 2**63:
-        parser.error(f"seed cannot be {args.seed}")
-    return args
-
-
-def main(argv=None):
-    """The command line. Raises UserError for what cannot be done."""
-    args = parse_flags(argv)
-    args.prompt = "" if args.chat is not None else read_text("prompt", args.prompt)
-    args.chat = read_text("chat", args.chat)
+    args.prompt = read_text("prompt", args.prompt)
+    if args.chat is not None:
+        args.prompt = ""
+        args.chat = read_text("chat", args.chat)
     model, tokenizer, end_tokens = load(args.ckpt)
     if args.export is None:
         sample(args, model, tokenizer, end_tokens)

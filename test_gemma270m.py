@@ -1232,40 +1232,27 @@ any_text = st.text(characters)
 plain_text = any_text.map(lambda text: text.replace("\r\n", "\n").lstrip("\ufeff"))
 
 
-# ---- helpers -------------------------------------------------------------------------------------
+# ---- prepare.py ----------------------------------------------------------------------------------
 
 
-def run_prepare(folder, *argv):
-    """main() in this process, with bytes as words unless asked otherwise -> exit status"""
-    argv = [*map(str, argv), "--out_dir", str(folder / "data")]
-    chosen = "--tokenizer" in argv or "--model" in argv
-    return prepare.main(argv if chosen else [*argv, "--tokenizer", "257"])
+def prepared(folder, *inputs, **given):
+    """The documents in folder/data that prepare.py makes of the inputs, with bytes as words."""
+    given = {"tokenizer": 257, "out_dir": folder / "data", **given}
+    argv = ["--input", *map(str, inputs)] if inputs else []
+    assert prepare.main([*argv, *flags(**given)]) == 0
+    return documents_in(folder)
 
 
-def read_meta(folder):
-    return json.loads((folder / "data" / "meta.json").read_text())
-
-
-def read_tokens(folder, split):
-    meta = read_meta(folder)
-    tokens = np.fromfile(folder / "data" / f"{split}.bin", meta["dtype"])
-    assert len(tokens) == meta[f"{split}_tokens"]
-    return tokens
-
-
-def read_documents(folder, split):
-    """The texts that the tokens of one split stand for, without what marks their begin and end."""
-    meta = read_meta(folder)
-    files = {name: (folder / "data" / name).read_text("utf-8") for name in meta["tokenizer_files"]}
-    tokenizer = prepare.Tokenizer(files)
-    tokens = read_tokens(folder, split)
+def documents_in(folder):
+    """The documents that the tokens in folder/data stand for, those for validation last."""
+    train, val, meta = gemma270m.load_data(folder / "data")
+    tokens = np.concatenate([train, val])
     ends = np.flatnonzero(tokens == meta["end_tokens"][0]) + 1
-    *documents, rest = np.split(tokens, ends)
-    assert len(rest) == 0, "the last document has no end"
-    assert len(documents) == meta[f"{split}_documents"]
-    if meta["bos_token"] is not None:
-        assert all(document[0] == meta["bos_token"] for document in documents)
-    return [tokenizer.decode(document.tolist()) for document in documents]
+    assert len(ends) == meta["train_documents"] + meta["val_documents"]
+    tokenizer = prepare.Tokenizer(meta["tokenizer_files"])
+    *texts, rest = [tokenizer.decode(part.tolist()) for part in np.split(tokens, ends)]
+    assert rest == "", "the last document has no end"
+    return texts
 
 
 def write_documents(path, documents):
@@ -1282,12 +1269,6 @@ def write_documents(path, documents):
     return path
 
 
-@pytest.fixture
-def validation(tmp_path):
-    """Flags for a validation text, so that every document of the input is for training."""
-    return "--val_input", write_documents(tmp_path / "validation.txt", ["validation"])
-
-
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch):
     monkeypatch.setattr(prepare, "has_gpu", lambda: False)
@@ -1299,20 +1280,21 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in files}
 
 
-def expect_refusal(capsys, *parts):
-    """The program said one line of error, and it contains all `parts`."""
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and said[0].startswith("prepare.py: error: "), said
-    for part in parts:
-        assert str(part) in said[0], said[0]
-
-
-# ---- tokenizers ----------------------------------------------------------------------------------
+def prepare_refuses(capsys, argv, *parts):
+    """Asserts that prepare.py ends with one line about the mistake, which holds the parts."""
+    capsys.readouterr()
+    try:
+        status = prepare.main(list(map(str, argv)))
+    except SystemExit as stopped:
+        status = stopped.code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert status in (1, 2) and line.startswith("prepare.py: error: ")
+    assert all(str(part) in line for part in parts), line
 
 
 @pytest.fixture(scope="module")
 def learned():
-    stories = (text for text, _ in itertools.islice(prepare.make_stories(), 300))
+    stories = filter(None, itertools.islice(prepare.make_stories(), 600))
     return prepare.learn_tokenizer(stories, 600)
 
 
@@ -1324,116 +1306,72 @@ def gpt2():
         pytest.skip(str(error))
 
 
-@given(any_text)
-@example("".join(map(chr, itertools.chain(range(0xD800), range(0xE000, 0x3400)))))
-@settings(max_examples=300)
-def test_gpt2_gives_the_ids_of_tiktoken(gpt2, text):
-    import tiktoken
-
-    assert gpt2.encode(text) == tiktoken.get_encoding("gpt2").encode_ordinary(text)
-
-
-def test_gpt2_splits_every_character_as_tiktoken_does(gpt2):
+def test_gpt2_gives_the_ids_of_tiktoken(gpt2):
     import tiktoken
 
     reference = tiktoken.get_encoding("gpt2")
     assigned = (range(0xD800), range(0xE000, 0x33500), range(0xE0000, 0xE0200))
     codes = itertools.chain(*assigned, range(0x33500, 0x110000, 997))
-    while codes_of_text := list(itertools.islice(codes, 1000)):
-        text = "".join(f"a{chr(code)} {chr(code)}1" for code in codes_of_text)
-        assert gpt2.encode(text) == reference.encode_ordinary(text)
+    while some := list(map(chr, itertools.islice(codes, 1000))):
+        for text in ("".join(some), "".join(f"a{c} {c}1  {c}\n\n" for c in some)):
+            assert gpt2.encode(text) == reference.encode_ordinary(text)
 
 
 @given(any_text)
+@example("caf\udce9")
 def test_learned_words_give_every_text_back(learned, text):
     ids = learned.encode(text)
-    assert learned.decode(ids) == text
+    assert learned.decode(ids) == text.replace("\udce9", "?")
     assert max(ids, default=0) < learned.vocab_size == 600
     assert not set(ids) & set(learned.end_tokens), "a marker in a text is ordinary text"
     assert prepare.Tokenizer(learned.files).encode(text) == ids
 
 
-def test_half_a_surrogate_pair_is_a_broken_character(learned):
-    assert learned.decode(learned.encode("caf\udce9")) == "caf?"
-
-
-def test_transformers_reads_the_files_of_a_learned_vocabulary(learned, tmp_path):
-    from transformers import AutoTokenizer
-
-    for name, text in learned.files.items():
-        (tmp_path / name).write_text(text)
-    peer = AutoTokenizer.from_pretrained(tmp_path)
-    text = "Lily said: don't stop!\n\n  日本 \t 42"
-    assert peer(text).input_ids == learned.encode(text)
-    assert peer.eos_token_id == learned.end_tokens[0]
-
-
-@given(st.text(st.sampled_from(" \n\t\r\xa0'ab1!é中"), max_size=80), st.integers(2, 9))
-def test_parts_are_the_text_and_have_its_tokens(gpt2, text, size):
-    parts = re.findall(prepare.PARTS.pattern.replace("4096", str(size)), text, re.DOTALL)
-    assert "".join(parts) == text and all(len(part) <= size for part in parts)
-    clean = [
-        bool(re.search(r"\S\Z", before) and re.match(r"[ \n]", part))
-        for before, part in itertools.pairwise(parts)
-    ]
-    for ok, part in zip(clean, parts):
-        assert ok or not re.search(r"\S(?=[ \n])", part), "there was a better place"
-    if all(clean):
-        assert sum(gpt2.encode_batch(parts), []) == gpt2.encode(text)
-
-
-# ---- text in, documents out ----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.xz", "a.jsonl", "a.json.gz", "a.parquet"])
-@given(st.lists(plain_text, min_size=1, max_size=5), st.integers(3, 30))
+@given(st.lists(any_text, max_size=5), st.integers(3, 30))
+@example(["\ufeffone\r\ntwo\r\n", "three\rfour", " \n"], 3)
 @settings(reuses_fixtures, max_examples=15)
-def test_documents_come_out_as_they_went_in(tmp_path, validation, monkeypatch, name, texts, chunk):
+def test_documents_come_out_as_they_went_in(tmp_path, monkeypatch, name, texts, chunk):
+    def clean(text):
+        return text.removeprefix("\ufeff").replace("\r\n", "\n")
+
     monkeypatch.setattr(prepare, "CHUNK", chunk)
-    pattern = prepare.PARTS.pattern.replace("4096", "20")
-    monkeypatch.setattr(prepare, "PARTS", re.compile(pattern, re.DOTALL))
-    if ".txt" in name:
-        texts = END.join(texts).split(END)
-    kept = [text for text in texts if text.strip()]
-    assume(kept)
-    path = write_documents(tmp_path / name, texts)
-    assert run_prepare(tmp_path, "--input", path, *validation) == 0
-    assert read_documents(tmp_path, "train") == kept
+    pattern = prepare.PIECES.pattern.replace("4096", "20")
+    monkeypatch.setattr(prepare, "PIECES", re.compile(pattern, re.DOTALL))
+    path = write_documents(tmp_path / name, [*texts, "the end"])
+    documents = clean(END.join(texts)).split(END) if ".txt" in name else map(clean, texts)
+    # Twenty blanks are a piece here, and a first piece that is blank is left out.
+    kept = [re.sub(r"^(\s{20})+(?=\s*\S)", "", text) for text in documents if text.strip()]
+    assert prepared(tmp_path, path) == [*kept, "the end"]
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
-def test_marks_and_line_ends_of_windows_are_dropped(tmp_path, validation, name):
-    path = write_documents(tmp_path / name, ["\ufeffone\r\ntwo\r\n", "three\rfour"])
-    assert run_prepare(tmp_path, "--input", path, *validation) == 0
-    assert read_documents(tmp_path, "train") == ["one\ntwo\n", "three\rfour"]
+@pytest.mark.parametrize("length", [9, 9_999])
+def test_each_document_has_one_start_token(tmp_path, gemma_folder, length):
+    text = ("the hen, " * length)[:length]
+    path = write_documents(tmp_path / "a.txt", [text, " \n", text, text])
+    prepared(tmp_path, path, tokenizer=gemma_folder, limit=2, val_input=path)
+    train, val, meta = gemma270m.load_data(tmp_path / "data")
+    words = prepare.load_tokenizer(str(gemma_folder))
+    assert (meta["bos_token"], meta["end_tokens"]) == (2, [1, 6])
+    assert train.tolist() == val.tolist() == [2, *words.encode(text), 1] * 2
 
 
 @given(st.integers(1, 450), st.integers(1, 500))
 @settings(reuses_fixtures, max_examples=15)
-def test_every_hundredth_document_is_held_out(tmp_path, count, limit):
+def test_the_last_hundredth_is_held_out(tmp_path, count, limit):
     texts = [f"story {i}" for i in range(count)]
     path = write_documents(tmp_path / "a.txt", texts)
-    assert run_prepare(tmp_path, "--input", path, "--limit", limit) == 0
-    if min(count, limit) < 100:
-        tokens = [read_tokens(tmp_path, split) for split in ("train", "val")]
-        total = sum(map(len, tokens))
-        assert len(tokens[1]) == max(2, total // 100)
-        assert np.count_nonzero(np.concatenate(tokens) == 0) == min(count, limit)
-        return
-    train, val = (read_documents(tmp_path, split) for split in ("train", "val"))
-    assert len(train) == min(limit, count - count // 100)
-    assert val == texts[99 : len(train) + len(val) : 100]
-    assert sorted(train + val) == sorted(texts[: len(train) + len(val)])
+    assert prepared(tmp_path, path, limit=limit) == texts[:limit]
+    train, val, _ = gemma270m.load_data(tmp_path / "data")
+    assert len(val) == (len(train) + len(val)) // 100 + 2
 
 
-def test_globs_and_several_files(tmp_path, validation):
+def test_globs_and_several_files(tmp_path):
     (tmp_path / "deep" / "er").mkdir(parents=True)
     write_documents(tmp_path / "deep" / "er" / "b.jsonl.xz", ["b"])
     write_documents(tmp_path / "c[1].txt", ["c"])
     inputs = (tmp_path / "deep" / "**" / "*.xz", tmp_path / "c[1].txt")
-    assert run_prepare(tmp_path, "--input", *inputs, *validation) == 0
-    assert read_documents(tmp_path, "train") == ["b", "c"]
-    assert read_documents(tmp_path, "val") == ["validation"]
+    assert prepared(tmp_path, *inputs, val_input=tmp_path / "c*.txt") == ["b", "c", "c"]
 
 
 BAD_ROWS = [None, 5, ["a"], "half a pair \ud800"]
@@ -1441,62 +1379,56 @@ BAD_ROWS = [None, 5, ["a"], "half a pair \ud800"]
 
 @given(st.lists(st.sampled_from([*BAD_ROWS, "good", "good too"]), min_size=1, max_size=8))
 @settings(reuses_fixtures, max_examples=15)
-def test_rows_without_text(tmp_path, validation, capsys, rows):
+def test_rows_without_text(tmp_path, capsys, rows):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    bad = [i for i, row in enumerate(rows, 1) if row in BAD_ROWS]
+    if bad:
+        argv = ["--input", path, "--tokenizer=257", "--out_dir", tmp_path / "none"]
+        prepare_refuses(capsys, argv, path, f"row {bad[0]}:", "--skip_bad")
+    assume(len(bad) < len(rows))
     good = [row for row in rows if row not in BAD_ROWS]
-    first = next((number for number, row in enumerate(rows, 1) if row in BAD_ROWS), None)
-    status = run_prepare(tmp_path, "--input", path, *validation)
-    assert status == (1 if first else 0)
-    if first:
-        expect_refusal(capsys, path, f"row {first}:", "--skip_bad")
-    assume(good)
-    capsys.readouterr()
-    assert run_prepare(tmp_path, "--input", path, *validation, "--skip_bad") == 0
-    assert read_documents(tmp_path, "train") == good
-    said = capsys.readouterr().out
-    skipped = len(rows) - len(good)
-    assert (f"Rows without text, skipped: {skipped}" in said) == (skipped > 0)
+    assert prepared(tmp_path, path, skip_bad=True) == good
+    assert (f"without text, skipped: {len(bad)}" in capsys.readouterr().out) == (len(bad) > 0)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.xz", "a.jsonl", "a.parquet"])
-@given(st.data())
+@given(change=damages())
 @settings(reuses_fixtures, max_examples=10)
-def test_a_damaged_file_is_read_or_refused_in_one_line(tmp_path, validation, capsys, name, data):
-    text = "A mouse and a cat went out. " * 9
-    path = write_documents(tmp_path / name, [f"{text}{i}" for i in range(9)])
-    good = write_documents(tmp_path / "good.txt", ["good"])
-    assert run_prepare(tmp_path, "--input", good, *validation) == 0
+def test_a_damaged_file_is_read_or_refused_in_one_line(tmp_path, capsys, name, change):
+    path = write_documents(tmp_path / name, [f"{'A mouse went out. ' * 9}{i}" for i in range(9)])
+    prepared(tmp_path, path)
     before = contents(tmp_path / "data")
-    content = bytearray(path.read_bytes())
-    for place in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=3)):
-        content[place] = data.draw(st.integers(0, 255))
-    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
-    capsys.readouterr()
-    if run_prepare(tmp_path, "--input", path, *validation):
-        expect_refusal(capsys, name if path.stat().st_size else "")
+    path.write_bytes(change(path.read_bytes()))
+    argv = ["--input", path, "--tokenizer=257", "--out_dir", tmp_path / "data"]
+    if prepare.main(list(map(str, argv))):
+        prepare_refuses(capsys, argv, name if path.stat().st_size else "")
         assert contents(tmp_path / "data") == before
 
 
 REFUSED = [
-    (["--input", "none.txt"], "none.txt"),
-    (["--input", "no*.txt"], "no*.txt"),
-    (["--input", "utf16.txt"], "UTF-16"),
-    (["--input", "latin1.txt"], "UTF-8"),
-    (["--input", "empty.txt"], "too little text"),
-    (["--input", "broken.jsonl"], "broken.jsonl"),
-    (["--input", "other.parquet"], "other.parquet"),
-    (["--input", "a.txt", "--val_input", "empty.txt"], "too little text"),
-    (["--input", "a.txt", "--tokenizer", "256"], "257"),
-    (["--input", "a.txt", "--tokenizer", "gpt5"], "no folder gpt5"),
-    (["--input", "a.txt", "--tokenizer", "./mine/gpt2"], "no folder ./mine/gpt2"),
-    (["--input", "a.txt", "--tokenizer", "folder/typo"], "no folder folder/typo"),
-    (["--input", "a.txt", "--model", "folder"], "tokenizer.json"),
-    (["--input", "a.txt", "--out_dir", "a.txt"], "a.txt"),
+    ("--input none.txt", "none.txt"),
+    ("--input no*.txt", "no*.txt"),
+    ("--input utf16.txt", "UTF-16"),
+    ("--input latin1.txt", "UTF-8"),
+    ("--input empty.txt", "too little text"),
+    ("--input broken.jsonl", "broken.jsonl"),
+    ("--input other.parquet", "other.parquet"),
+    ("--input a.txt --val_input empty.txt", "too little text"),
+    ("--input a.txt --tokenizer 256", "257"),
+    ("--input a.txt --tokenizer gpt5", "no folder gpt5"),
+    ("--input a.txt --tokenizer ./mine/gpt2", "no folder ./mine/gpt2"),
+    ("--input a.txt --tokenizer folder/typo", "no folder folder/typo"),
+    ("--input a.txt --model folder", "tokenizer.json"),
+    ("--input a.txt --out_dir a.txt", "a.txt"),
+    ("--val_input a.txt", "--input"),
+    ("--model a --tokenizer b", "--tokenizer"),
+    ("--limit 0", "--limit"),
+    ("--lim 9", "--lim"),
 ]
 
 
-@pytest.mark.parametrize("argv,part", REFUSED, ids=[" ".join(argv) for argv, _ in REFUSED])
+@pytest.mark.parametrize("argv, part", REFUSED)
 def test_refused_in_one_line(tmp_path, monkeypatch, capsys, argv, part):
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()
@@ -1507,37 +1439,25 @@ def test_refused_in_one_line(tmp_path, monkeypatch, capsys, argv, part):
     Path("broken.jsonl").write_text('{"text": "a"}\n{"text": ')
     pyarrow.parquet.write_table(pyarrow.table({"story": ["a"]}), "other.parquet")
     before = contents(tmp_path)
-    assert prepare.main(argv if "--tokenizer" in argv else [*argv, "--limit", "9"]) == 1
-    expect_refusal(capsys, part)
+    words = [] if "-tokenizer" in argv or "--model" in argv else ["--tokenizer", "257"]
+    prepare_refuses(capsys, [*argv.split(), *words], part)
     assert contents(tmp_path) == before and not Path("data").exists()
 
 
-@pytest.mark.parametrize(
-    "argv", [["--val_input", "a"], ["--model", "a", "--tokenizer", "b"], ["--limit", "0"], ["--x"]]
-)
-def test_flags_that_do_not_fit_are_refused(capsys, argv):
-    with pytest.raises(SystemExit) as stopped:
-        prepare.main(argv)
-    assert stopped.value.code == 2
-    expect_refusal(capsys)
-
-
-def test_a_mistake_in_the_code_of_prepare_keeps_its_traceback(tmp_path, validation, monkeypatch):
-    path = write_documents(tmp_path / "a.txt", ["a story"])
-    monkeypatch.setattr(prepare, "encode", lambda *_: np.stack([np.zeros(3), np.zeros(4)]))
+def test_a_mistake_in_the_code_of_prepare_keeps_its_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "write_tokens", lambda *_: np.stack([np.zeros(3), np.zeros(4)]))
     with pytest.raises(ValueError, match="same shape"):
-        run_prepare(tmp_path, "--input", path, *validation)
+        prepared(tmp_path, write_documents(tmp_path / "a.txt", ["a story"]))
     assert not (tmp_path / "data").exists()
 
 
-def test_new_data_replace_all_of_the_old(tmp_path, validation):
-    path = write_documents(tmp_path / "a.txt", ["a story"])
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "init.pt").write_text("stale weights")
-    (tmp_path / "data" / ".new").mkdir()  # as a killed process leaves it
-    assert run_prepare(tmp_path, "--input", path, *validation) == 0
-    names = {str(name) for name in contents(tmp_path / "data")}
-    assert names == {"train.bin", "val.bin", "meta.json", *read_meta(tmp_path)["tokenizer_files"]}
+def test_new_data_replace_all_of_the_old(tmp_path):
+    for folder in (tmp_path / "data", tmp_path / "data" / ".new"):  # of a killed process
+        folder.mkdir()
+        (folder / "init.pt").write_text("stale weights")
+    prepared(tmp_path, write_documents(tmp_path / "a.txt", ["a story"]))
+    names = {"train.bin", "val.bin", "meta.json", "generation_config.json"}
+    assert set(os.listdir(tmp_path / "data")) == names | {"tokenizer.json", TOKENIZER}
 
 
 def test_gpt2_out_of_reach_names_the_cures(tmp_path, monkeypatch, capsys):
@@ -1546,30 +1466,20 @@ def test_gpt2_out_of_reach_names_the_cures(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("tiktoken.load.read_file_cached", refuse)
     monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
-    path = write_documents(tmp_path / "a.txt", ["a story"])
-    assert run_prepare(tmp_path, "--input", path, "--tokenizer", "gpt2") == 1
+    argv = ["--input", write_documents(tmp_path / "a.txt", ["a story"]), "--tokenizer", "gpt2"]
     name = "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"  # SHA-1 of vocab.bpe's address
-    expect_refusal(capsys, "TIKTOKEN_CACHE_DIR", name, "--tokenizer 8192")
-
-
-# ---- built-in stories ----------------------------------------------------------------------------
+    prepare_refuses(capsys, argv, "TIKTOKEN_CACHE_DIR", name, "--tokenizer 8192")
 
 
 def test_built_in_stories():
-    stories = [text for text, _ in itertools.islice(prepare.make_stories(), 10_500)]
-    assert stories[:50] == [text for text, _ in itertools.islice(prepare.make_stories(0), 50)]
-    assert len(set(stories)) == len(stories)
-    for story in stories[:2000]:
-        assert re.fullmatch(r"[A-Za-z0-9 ,.!?'\"\n-]+", story) and "  " not in story
+    stories = list(filter(None, itertools.islice(prepare.make_stories(), 4_000)))
+    assert stories[:50] == list(filter(None, itertools.islice(prepare.make_stories(0), 100)))
+    assert len(set(stories)) > 0.99 * len(stories)
+    for story in stories:
+        assert re.fullmatch(r"[A-Za-z0-9 ,.!?'\"\n-]+", story)
+        assert not re.search(r"  |^\s|\s$", story) and " \n" not in story
         assert 50 < len(story.split()) < 260 and story[-1] in '.!?"'
-        names = set(re.findall(r"named (\w+)", story))
-        assert len(names) == 1
-
-
-# ---- models of transformers ----------------------------------------------------------------------
-
-
-# ---- signals and memory --------------------------------------------------------------------------
+        assert len(set(re.findall(r"named (\w+)", story))) == 1
 
 
 def start_prepare(folder, *argv, before="pass", **environment):
@@ -1591,26 +1501,32 @@ def finish_prepare(process):
     return process.returncode, out, err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["learns", "writes"])
-def test_a_signal_ends_it_at_once_and_keeps_what_was_there(tmp_path, validation, number, moment):
-    words = (f"mouse{i} " for i in itertools.count())
-    texts = ["".join(itertools.islice(words, 300)) for _ in range(2_000)]
-    path = write_documents(tmp_path / "a.txt", texts)
-    assert run_prepare(tmp_path, "--input", *validation[1:], *validation) == 0
-    before = contents(tmp_path / "data")
-    name = "300" if moment == "learns" else str(tmp_path / "data")
-    argv = ["--input", *[path] * 20, "--tokenizer", name, "--out_dir", tmp_path / "data"]
-    process = subprocess.Popen([sys.executable, PREPARE, *argv], stderr=subprocess.PIPE, text=True)
-    new = tmp_path / "data" / ".new"
-    while not (new.exists() if moment == "learns" else any(contents(new).values())):
-        assert process.poll() is None
-        time.sleep(0.01)
-    time.sleep(0.5)
+def stop(process, number):
+    """Sends a signal and asserts that the process ends within two seconds, stopped."""
     process.send_signal(number)
     sent = time.monotonic()
     assert finish_prepare(process)[0] == 130
     assert time.monotonic() - sent < 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["learns", "writes"])
+def test_a_signal_ends_it_at_once_and_keeps_what_was_there(tmp_path, number, moment):
+    words = (f"mouse{i} " for i in itertools.count())
+    texts = ["".join(itertools.islice(words, 300)) for _ in range(2_000)]
+    path = write_documents(tmp_path / "a.txt", texts)
+    prepared(tmp_path, path, limit=9)
+    before = contents(tmp_path / "data")
+    name = "300" if moment == "learns" else tmp_path / "data"
+    argv = ["--input", *[path] * 20, "--tokenizer", name, "--out_dir", tmp_path / "data"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, PREPARE, *argv], **pipes)
+    assert process.stdout.readline().startswith("Documents: all")
+    while moment == "writes" and not (tmp_path / "data" / ".new" / "train.bin").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.5)
+    stop(process, number)
     assert contents(tmp_path / "data") == before
 
 
@@ -1618,13 +1534,11 @@ def test_a_signal_ends_it_at_once_and_keeps_what_was_there(tmp_path, validation,
 def test_one_long_document_needs_little_memory(tmp_path):
     with open(tmp_path / "a.txt", "w") as file:
         for number in range(100_000):
-            file.write(
-                f"A mouse met {number} cats and a dog in the old garden.{' ' * (number % 99)}\n"
-            )
+            blanks = " " * (number % 99)
+            file.write(f"A mouse met {number} cats and a dog in the old garden.{blanks}\n")
     tell = "os._exit = lambda status: print(open('/proc/self/status').read(), flush=True)"
-    status, out, _ = finish_prepare(
-        start_prepare(tmp_path, "--input", tmp_path / "a.txt", "--limit", 1, before=tell)
-    )
+    argv = ["--input", tmp_path / "a.txt", "--limit", 1]
+    status, out, _ = finish_prepare(start_prepare(tmp_path, *argv, before=tell))
     assert status == 0
     assert int(re.search(r"VmHWM:\s*(\d+)", out)[1]) < 200_000  # kB
 
@@ -1637,7 +1551,7 @@ SHARDS = {  # of the stand-in's TinyStories: stories
     "data/train-00001-of-00002-b2.parquet": STORIES[400:800],
     "data/validation-00000-of-00001-c3.parquet": STORIES[800:],
 }
-HTML = b"<html>Please log in to the network of this hotel</html>"
+NOWHERE = "http://127.0.0.1:1"  # nothing listens there
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -1645,9 +1559,10 @@ class Hub(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
 
-    def answer(self, status, body=b"", kind="application/json", **headers):
+    def answer(self, status, body, **headers):
         self.send_response(status)
-        headers |= {"Content-Length": len(body), "Content-Type": kind, "X-Repo-Commit": "0" * 40}
+        headers = {"ETag": '"e"', "X-Repo-Commit": "0" * 40, **headers}
+        headers["Content-Length"] = len(body)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
@@ -1658,24 +1573,22 @@ class Hub(BaseHTTPRequestHandler):
         path = unquote(self.path.partition("?")[0])
         self.server.asked.append(path)
         fault = self.server.fault
-        token = self.headers.get("Authorization")
+        name = path.partition("/resolve/main/")[2]
         if fault.get("on", "") in path and fault.get("times", 0) > 0:
             fault["times"] -= 1
             time.sleep(fault.get("delay", 0))
-            if "status" in fault:
-                body = fault.get("body", b'{"error": "so says the hub"}')
-                return self.answer(fault["status"], body, fault.get("kind", "application/json"))
-        if token and "expired" in token:
+            if fault.get("status"):
+                body = PAGE if fault["status"] == 200 else b'{"error": "so says the hub"}'
+                return self.answer(fault["status"], body)
+        if "expired" in self.headers.get("Authorization", ""):
             return self.answer(401, b'{"error": "User Access Token is expired"}')
-        files = self.server.files
         if path.startswith("/api/datasets/roneneldan/TinyStories"):
-            siblings = [{"rfilename": name} for name in files]
+            siblings = [{"rfilename": name} for name in self.server.files]
             info = {"id": "roneneldan/TinyStories", "sha": "0" * 40, "siblings": siblings}
             return self.answer(200, json.dumps(info).encode())
-        name = path.partition("/resolve/main/")[2]
-        if name not in files:
+        if name not in self.server.files:
             return self.answer(404, b'{"error": "nothing here"}', X_Error_Code="RepoNotFound")
-        return self.answer(200, files[name], ETag=f'"{hash(name)}"')
+        return self.answer(200, self.server.files[name], ETag=f'"{hash(name)}"')
 
     do_HEAD = do_GET
 
@@ -1684,7 +1597,7 @@ class Hub(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(tmp_path):
+def hub():
     """A stand-in of the hub; hub.fault = {"on": part of a path, "times": n, "status": 503}."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.daemon_threads = True
@@ -1702,23 +1615,20 @@ def hub(tmp_path):
     server.server_close()
 
 
-def ask(folder, hub, *argv, **environment):
-    """prepare.py against the stand-in, with short waits -> exit status, output, errors"""
-    url = hub if isinstance(hub, str) else hub.url
-    process = start_prepare(
-        folder, *argv, before="prepare.WAITS = (0.1, 0)", HF_ENDPOINT=url, **environment
+def ask(folder, url, *argv, **environment):
+    """prepare.py against a hub, with short waits and shards -> exit status, output, errors"""
+    short = "prepare.WAITS = (0.1, 0); prepare.FIRST_STORIES = 400"
+    return finish_prepare(
+        start_prepare(folder, *argv, before=short, HF_ENDPOINT=url, **environment)
     )
-    return finish_prepare(process)
-
-
-NOWHERE = "http://127.0.0.1:1"  # nothing listens there
 
 
 def test_tinystories_online_and_then_from_the_cache(tmp_path, hub):
-    status, out, _ = ask(tmp_path, hub, "--limit", 500)
-    assert status == 0 and read_meta(tmp_path)["source"] == "roneneldan/TinyStories"
-    assert read_documents(tmp_path, "train") == STORIES[:500]
-    assert read_documents(tmp_path, "val") == STORIES[800:]
+    # An expired token is left out.
+    status, out, _ = ask(tmp_path, hub.url, "--limit", 500, HF_TOKEN="hf_expired")
+    assert status == 0
+    assert gemma270m.load_data(tmp_path / "data")[2]["source"] == "roneneldan/TinyStories"
+    assert documents_in(tmp_path) == STORIES[:500] + STORIES[800:]
     assert f"python gemma270m.py --data_dir {tmp_path / 'data'}" in out
     before = contents(tmp_path / "data")
     # Without the hub, and by the user's will.
@@ -1737,10 +1647,10 @@ def test_tinystories_online_and_then_from_the_cache(tmp_path, hub):
 def test_made_up_stories_without_a_network(tmp_path, hub):
     status, out, _ = ask(tmp_path, NOWHERE, "--limit", 120)
     assert status == 0 and out.startswith("No TinyStories but made-up stories")
-    assert read_meta(tmp_path)["source"] == prepare.BUILT_IN
-    assert len(read_documents(tmp_path, "train")) == 120
+    assert gemma270m.load_data(tmp_path / "data")[2]["source"] == prepare.BUILT_IN
+    assert len(documents_in(tmp_path)) == 240
     assert ask(tmp_path, NOWHERE, "--limit", 110)[0] == 0, "made-up ones may be made anew"
-    assert ask(tmp_path, hub, "--limit", 100)[0] == 0
+    assert ask(tmp_path, hub.url, "--limit", 100)[0] == 0
     before = contents(tmp_path / "data")
     for path in (tmp_path / "hf").rglob("*.parquet"):
         path.unlink()
@@ -1749,44 +1659,35 @@ def test_made_up_stories_without_a_network(tmp_path, hub):
     assert contents(tmp_path / "data") == before
 
 
-FAULTS = {
-    "503 once": ({"on": "/api/datasets", "status": 503, "times": 1}, 0, "trying again"),
-    "429 on a shard once": ({"on": "train-00000", "status": 429, "times": 2}, 0, "429"),
-    "a slow answer": ({"on": "/api/datasets", "delay": 2, "times": 1}, 0, ""),
-    "503": ({"on": "/api/datasets", "status": 503, "times": 99}, 1, "503"),
-    "429": ({"on": "/api/datasets", "status": 429, "times": 99}, 1, "so says the hub"),
-    "404": ({"on": "/api/datasets", "status": 404, "times": 99}, 1, "check the name"),
-    "403": ({"on": "resolve", "status": 403, "times": 99}, 1, "hf auth login"),
-    "a login page": ({"on": "/", "status": 200, "body": HTML, "times": 99}, 1, "login page"),
-    "a damaged shard": ({"on": "train-00000", "status": 200, "body": HTML, "times": 99}, 1, ""),
+PAGE = b"<html>Please log in to the network of this hotel</html>"
+API = "/api/datasets"
+FAULTS = {  # where, how often, the status that the hub gives, that of prepare.py, what it says
+    "503 once": (API, 1, 503, 0, "trying again"),
+    "429 on a shard": ("train-00000", 2, 429, 0, "429"),
+    "a slow answer": (API, 1, None, 0, ""),
+    "503": (API, 99, 503, 1, "503"),
+    "429": (API, 99, 429, 1, "so says the hub"),
+    "404": (API, 99, 404, 1, "check the name"),
+    "403": ("resolve", 99, 403, 1, "hf auth login"),
+    "a login page": ("/", 99, 200, 1, "login page"),
+    "a damaged shard": ("train-00000", 99, 200, 1, ""),
 }
-
-
-def try_fault(folder, hub, fault):
-    """One row of FAULTS, in data that hold something -> what went wrong, or None"""
-    fault, expected, said = fault
-    hub.fault = dict(fault)
-    (folder / "data").mkdir()
-    (folder / "data" / "meta.json").write_text('{"source": "mine"}')
-    before = contents(folder / "data")
-    status, out, err = ask(folder, hub, "--limit", 100)
-    assert status == expected and said in out + err, (out, err)
-    if status:
-        assert err.splitlines()[-1].startswith("prepare.py: error: ") and "roneneldan" in err
-        assert contents(folder / "data") == before
-    else:
-        assert read_documents(folder, "train") == STORIES[:100]
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_of_the_hub_are_retried_or_refused(tmp_path, hub, name):
-    try_fault(tmp_path, hub, FAULTS[name])
-
-
-def test_an_expired_token_is_left_out(tmp_path, hub):
-    status, out, _ = ask(tmp_path, hub, "--limit", 100, HF_TOKEN="hf_expired")
-    assert status == 0 and "is expired" in out and "without the token" in out
-    assert read_documents(tmp_path, "train") == STORIES[:100]
+    place, times, answer, expected, said = FAULTS[name]
+    hub.fault = {"on": place, "times": times, "status": answer, "delay": 2 * (answer is None)}
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "meta.json").write_text('{"source": "mine"}')
+    before = contents(tmp_path / "data")
+    status, out, err = ask(tmp_path, hub.url, "--limit", 100)
+    assert status == expected and said in out + err, (out, err)
+    if status:
+        assert err.splitlines()[-1].startswith("prepare.py: error: ") and "roneneldan" in err
+        assert contents(tmp_path / "data") == before
+    else:
+        assert documents_in(tmp_path) == STORIES[:100] + STORIES[800:900]
 
 
 def test_ctrl_c_while_a_shard_comes_in(tmp_path, hub):
@@ -1795,9 +1696,7 @@ def test_ctrl_c_while_a_shard_comes_in(tmp_path, hub):
     while not any("train-00000" in path for path in hub.asked):
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    sent = time.monotonic()
-    assert finish_prepare(process)[0] == 130 and time.monotonic() - sent < 2
+    stop(process, signal.SIGINT)
     assert not (tmp_path / "data").exists()
     assert not list((tmp_path / "hf").rglob("*.incomplete"))
 
@@ -1854,12 +1753,6 @@ def test_a_stream_repeats_with_its_seed_and_ends_once_all_rows_have(temperature,
     assert torch.equal(streamed(stop_tokens=stops), expected)
 
 
-@pytest.mark.parametrize("T, new", ((0, 2), (65, 2), (60, 5), (3, -1)))
-def test_more_tokens_than_the_context_holds_are_refused(T, new):
-    with pytest.raises(UserError, match="do not fit"):
-        next(sample.stream(toy_model(), torch.zeros(1, T, dtype=torch.long), new))
-
-
 @pytest.fixture(scope="session")
 def teller(tmp_path_factory):
     """The checkpoint of a model with random weights; its data folder is nowhere."""
@@ -1890,7 +1783,7 @@ odd_text = st.text(letters | st.sampled_from(" \n\r\t'a<|endoftext|>\x1c\xa0"))
 @example("a<|endoftext|>b")
 def test_a_character_appears_as_soon_as_its_last_byte_is_there(teller, text):
     _, words, end_tokens = sample.load(str(teller))
-    shown = sample.Text(words, end_tokens)
+    shown = sample.Text(words)
     tokens = words.encode(text)
     for i, token in enumerate(tokens):
         before = shown.content
@@ -1932,19 +1825,12 @@ def test_samples_of_a_batch_differ_and_repeat_with_their_seed(teller, capsys):
 @pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="this system knows no SIGPIPE")
 def test_as_a_process_it_needs_no_network_and_takes_what_output_there_is(teller, tmp_path):
     def start(prompt, n):
-        command = [
-            sys.executable,
-            sample.__file__,
-            "--ckpt",
-            teller,
-            "--prompt",
-            prompt,
-            "--temperature=0",
-        ]
+        given = {"ckpt": teller, "temperature": 0, "max_new_tokens": n}
+        command = [sys.executable, sample.__file__, *flags(**given), "--prompt", prompt]
         environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": tmp_path, "TIKTOKEN_CACHE_DIR": tmp_path}
         environment = {**os.environ, **environment, "PYTHONIOENCODING": "cp1252"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": tmp_path}
-        return subprocess.Popen([*command, f"--max_new_tokens={n}"], env=environment, **pipes)
+        return subprocess.Popen(command, env=environment, **pipes)
 
     closed = start("the cat", 2_000)
     assert closed.stdout.read(5) == b"the c"
@@ -1957,12 +1843,19 @@ def test_as_a_process_it_needs_no_network_and_takes_what_output_there_is(teller,
 
 
 WRONG_SAMPLING = {
-    "num_samples": (0, "1.5"), "max_new_tokens": (-3, "nan"), "top_k": (-1, "1.5", "all"),
-    "top_p": (0, 1.1, math.nan), "temperature": (-1, math.nan, math.inf, "1,5"),
-    "seed": (2**63, "1e3"), "device": ("nowhere",), "dtype": ("int8",), "chat": ("no template",),
-    "prompt": ("FILE:nowhere", "FILE:.", "a" * 2_048), "prom": ("no such flag",),
+    "num_samples": (0, "1.5"),
+    "max_new_tokens": (-3, "nan"),
+    "top_k": (-1, "1.5", "all"),
+    "top_p": (0, 1.1, math.nan),
+    "temperature": (-1, math.nan, math.inf, "1,5"),
+    "seed": ("1e3",),
+    "device": ("nowhere",),
+    "dtype": ("int8",),
+    "chat": ("no template",),
+    "prompt": ("FILE:nowhere", "FILE:.", "a" * 2_048),
+    "prom": ("no such flag",),
     "ckpt": ("nowhere", "nowhere.pt", "no/where", "no/where/at/all", "."),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WRONG_SAMPLING)
@@ -1973,10 +1866,9 @@ def test_a_wrong_flag_of_sample_is_refused_before_anything_is_said(name, teller,
         assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("data", ({}, {"tokenizer": "gpt2"}, {"tokenizer_files": {}}))
-def test_a_checkpoint_without_a_tokenizer_is_refused(teller, tmp_path, data):
-    state = {**torch.load(teller, weights_only=True), "data": data}
-    gemma270m.save_checkpoint(tmp_path / "out.pt", state)
+def test_a_checkpoint_without_a_tokenizer_is_refused(teller, tmp_path):
+    state = torch.load(teller, weights_only=True)
+    gemma270m.save_checkpoint(tmp_path / "out.pt", {**state, "data": {"tokenizer": "gpt2"}})
     refuses(sample, ["--ckpt", tmp_path / "out.pt"], "out.pt", "tokenizer")
 
 
@@ -2107,7 +1999,9 @@ UNUSABLE = (  # changes after which a folder is refused, and a part of the reaso
     ({WEIGHTS: None, INDEX: json.dumps({"weight_map": {NORM: SHARD}})}, SHARD),
     ({WEIGHTS: None, INDEX: "{}"}, "weight_map"),
     ({"tokenizer.json": None}, "tokenizer.json"),
+    *(({"chat_template.jinja": text}, "chat") for text in ("{% no %}", "{{ raise_exception() }}")),
     *(({TOKENIZER: text}, "token") for text in (None, "[]", '{"eos_token": "no"}')),
+    *(({CONFIG: {name: "8"}}, "cannot be loaded") for name in ("rope_parameters", "layer_types")),
 )
 
 
@@ -2115,7 +2009,7 @@ UNUSABLE = (  # changes after which a folder is refused, and a part of the reaso
 def test_a_folder_is_read_or_refused_with_its_reason(gemma_folder, tmp_path, changes, reason):
     folder = changed(gemma_folder, changes, tmp_path)
     if reason is not None:
-        refuses(sample, ["--ckpt", folder], folder, reason)
+        refuses(sample, ["--ckpt", folder, "--chat=hi"], reason, "" if reason == "chat" else folder)
     else:
         config, weights, _ = prepare.read_model(str(folder))
         expected = prepare.read_model(str(gemma_folder))
@@ -2123,13 +2017,10 @@ def test_a_folder_is_read_or_refused_with_its_reason(gemma_folder, tmp_path, cha
         assert_equal(weights, expected[1])
 
 
-entries = st.sampled_from([*prepare.FIELDS, "rope_parameters", "layer_types", "eos_token_id"])
-odd_values = st.sampled_from((None, True, -1, 0.5, 2**70, math.nan, "8", [], [1], {}, ...))
-odd_configs = st.tuples(st.just(CONFIG), st.dictionaries(entries, odd_values, max_size=2))
 all_files = st.sampled_from((CONFIG, WEIGHTS, "tokenizer.json", TOKENIZER))
 
 
-@given(change=st.tuples(all_files, damages()) | odd_configs)
+@given(change=st.tuples(all_files, damages()))
 def test_a_damaged_folder_tells_or_is_refused_in_one_line(gemma_folder, tmp_path_factory, change):
     folder = changed(gemma_folder, dict([change]), tmp_path_factory.mktemp("damaged"))
     try:
@@ -2158,12 +2049,6 @@ def test_a_chat_has_the_tokens_and_the_answer_of_transformers(
     assert tell(capsys, gemma_folder, chat=question, temperature=0).out == answer + "\n"
 
 
-@pytest.mark.parametrize("template", ("{% no %}", "{{ raise_exception('no') }}"))
-def test_a_chat_template_that_fails_is_refused(gemma_folder, tmp_path, template):
-    folder = changed(gemma_folder, {"chat_template.jinja": template}, tmp_path)
-    refuses(sample, ["--ckpt", folder, "--chat=hi"], "chat")
-
-
 @pytest.fixture(scope="session")
 def tuned(gemma_folder, tmp_path_factory):
     """The checkpoint of a folder's model after some steps on other text."""
@@ -2174,13 +2059,10 @@ def tuned(gemma_folder, tmp_path_factory):
     given = {"data_dir": place / "data", "out": place / "out.pt", "device": "cpu", "lr": 1e-2}
     gemma270m.main(flags(**given, dtype="float32", block_size=32, max_iters=80, warmup_iters=8))
     shutil.rmtree(place / "data")
-    return place / "out.pt"
-
-
-def test_fine_tuning_lowers_the_loss(tuned):
-    rows = torch.load(tuned, weights_only=True)["rows"]
+    rows = torch.load(place / "out.pt", weights_only=True)["rows"]
     losses = [row["val_loss"] for row in rows if "val_loss" in row]
     assert losses[-1] < losses[0] - 1
+    return place / "out.pt"
 
 
 @pytest.fixture(scope="session", params=("teller", "tuned"))

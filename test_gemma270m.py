@@ -19,7 +19,6 @@ import lzma
 import math
 import multiprocessing
 import os
-import pickle
 import random
 import re
 import resource
@@ -28,7 +27,6 @@ import shlex
 import shutil
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -82,6 +80,7 @@ TOY = dict(SHAPE, preset="tiny", device="cpu", dtype="float32", batch_size=2, gr
            eval_tokens=80, log_interval=4)  # fmt: skip
 CPU = torch.device("cpu")
 seeds = st.integers(0, 999)
+sizes = st.integers(1, 30)
 assert_equal = functools.partial(assert_close, rtol=0, atol=0)
 
 
@@ -106,24 +105,27 @@ def some_tokens(B, T, seed=0):
     return torch.randint(40, (B, T), generator=generator)
 
 
-def write_data(folder, train, val, vocab_size=40, **changes):
+def write_data(folder, train, val, vocab_size=40, source="a test"):
     """Writes what training reads of a folder of prepare.py. -> the folder"""
     folder.mkdir(exist_ok=True)
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
     np.asarray(train, dtype).tofile(folder / "train.bin")
     np.asarray(val, dtype).tofile(folder / "val.bin")
     (folder / "tokenizer.json").write_text("words")
-    meta = dict(source="a test", vocab_size=vocab_size, dtype=dtype, bos_token=None,
+    meta = dict(source=source, vocab_size=vocab_size, dtype=dtype, bos_token=None,
                 end_tokens=[39], train_tokens=len(train), val_tokens=len(val),
                 tokenizer_files=["tokenizer.json"])  # fmt: skip
-    (folder / "meta.json").write_text(json.dumps({**meta, **changes}))
+    (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 
 
 def flags(**values):
     """The command line that gives these values; a switch that is False is left out."""
-    given = {name: value for name, value in values.items() if value is not False}
-    return [f"--{name}" if given[name] is True else f"--{name}={given[name]}" for name in given]
+    return [
+        f"--{name}" if value is True else f"--{name}={value}"
+        for name, value in values.items()
+        if value is not False
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -197,16 +199,21 @@ class TensorsMade(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
-@given(dim=st.integers(1, 64), scale=st.floats(1e-3, 1e3), eps=st.floats(1e-8, 1e-2), seed=seeds)
-def test_rms_norm_is_that_of_transformers(dtype, dim, scale, eps, seed):
+@given(scale=st.floats(1e-3, 1e3), eps=st.floats(1e-8, 1e-2), seed=seeds)
+def test_rms_norm_is_that_of_transformers(dtype, scale, eps, seed):
     torch.manual_seed(seed)
-    ours = gemma270m.RMSNorm(dim, eps)
-    theirs = gemma3.Gemma3RMSNorm(dim, eps)
+    ours = gemma270m.RMSNorm(20, eps)
+    theirs = gemma3.Gemma3RMSNorm(20, eps)
     nn.init.normal_(ours.weight)
     theirs.load_state_dict(ours.state_dict())
-    x = scale * torch.randn(5, dim, dtype=dtype)
+    x = scale * torch.randn(5, 20, dtype=dtype)
     assert_close(ours(x), theirs(x))
     assert_close(ours.to(dtype)(x), theirs.to(dtype)(x))
+
+
+def as_complex(x):
+    """Each pair that RoPE turns as one complex number."""
+    return torch.complex(*x.chunk(2, dim=-1))
 
 
 @given(T=st.integers(1, 300), D=st.sampled_from((2, 4, 16)), base=st.floats(2, 1e6), seed=seeds)
@@ -214,12 +221,10 @@ def test_rope_turns_pairs_as_complex_numbers(T, D, base, seed):
     torch.manual_seed(seed)
     x = torch.randn(2, T, 3, D)
     cos, sin = gemma270m.rope_table(torch.arange(T), D, base)
-    speeds = [base ** (-2 * i / D) for i in range(D // 2)]
-    angles = torch.outer(torch.arange(T), torch.tensor(speeds).double())[:, None]
-    x1, x2 = x.double().chunk(2, dim=-1)
-    turned = torch.complex(x1, x2) * torch.exp(1j * angles)
-    expected = torch.cat((turned.real, turned.imag), dim=-1)
-    assert_close(gemma270m.apply_rope(x, cos, sin).double(), expected, atol=1e-3, rtol=0)
+    turned = gemma270m.apply_rope(x, cos, sin)
+    angles = torch.outer(torch.arange(T), base ** -(torch.arange(0, D, 2) / D))
+    expected = as_complex(x) * torch.exp(1j * angles[:, None])
+    assert_close(as_complex(turned), expected, atol=1e-3, rtol=0)
 
 
 def dense_attention(q, k, v, window, scale):
@@ -305,8 +310,10 @@ def test_numbers_of_parameters_and_operations():
 
 def transformers_peer(c, seed):
     """A Gemma3ForCausalLM of the same shape with random weights, and a Gemma that loaded them."""
-    bases = {"sliding_attention": c.rope_local_base, "full_attention": c.rope_base}
-    rope = {kind: {"rope_type": "default", "rope_theta": base} for kind, base in bases.items()}
+    rope = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": c.rope_local_base},
+        "full_attention": {"rope_type": "default", "rope_theta": c.rope_base},
+    }
     config = gemma3.Gemma3TextConfig(
         vocab_size=c.vocab_size, hidden_size=c.emb_dim, intermediate_size=c.hidden_dim,
         num_hidden_layers=c.n_layers, layer_types=c.layer_types, num_attention_heads=c.n_heads,
@@ -355,58 +362,11 @@ def test_numbers_beyond_float16_survive_its_autocast(weights, factor):
     for name, weight in model.named_parameters():
         if re.search(weights, name):
             weight.data *= factor
-    expected = model(some_tokens(2, 30))
-    with torch.autocast("cpu", torch.float16):
-        error = model(some_tokens(2, 30)) - expected
-    assert error.isfinite().all() and error.abs().mean() < 0.05
-
-
-# ---- Loss ----------------------------------------------------------------------------------------
-
-
-def loss_in_chunks(model, rows):
-    """Lets the loss take so few rows at a time."""
-    return mock.patch.object(gemma270m, "LOGITS_AT_ONCE", rows * model.config.vocab_size)
-
-
-@given(model=models, rows=st.integers(1, 30), ignored=st.sets(st.integers(0, 23)))
-@example(model=toy_model(), rows=9, ignored=range(24))
-def test_the_loss_and_its_gradient_are_those_of_plain_cross_entropy(model, rows, ignored):
-    tokens = some_tokens(2, 12)
-    targets = some_tokens(1, 24, seed=1)[0]
-    targets[list(ignored)] = -1
-    logits = model(tokens).flatten(0, 1)
-    total = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
-    expected = total / max(1, 24 - len(ignored))  # 0, not NaN, if all are ignored
-    with loss_in_chunks(model, rows):
-        loss = model(tokens, targets.view(2, 12))
-    assert_close(loss, expected)
-    assert_close(gradients(loss, model), gradients(expected, model))
-
-
-def test_training_never_holds_all_logits():
-    model = toy_model(vocab_size=1_000)
-    tokens = some_tokens(2, 50)
-    with TensorsMade() as made, loss_in_chunks(model, rows=20):
-        loss = model(tokens, tokens)
-        kept = loss.grad_fn.next_functions[0][0].saved_tensors  # for the backward pass
-        loss.backward()
-    logits = [shape.numel() for shape in made.shapes if shape[-1:] == (1_000,)]
-    assert max(logits) == 20 * 1_000  # of 100 * 1,000
-    assert [tensor.shape for tensor in kept] == [(100, 16), (1_000, 16)]
-
-
-def test_a_loss_without_gradient_multiplies_no_more_than_the_logits():
-    model = toy_model()
     tokens = some_tokens(2, 30)
-    with torch.no_grad(), FlopCounterMode(display=False) as logits:
-        model(tokens)
-    with torch.no_grad(), FlopCounterMode(display=False) as loss:
-        model(tokens, tokens)
-    assert loss.get_total_flops() == logits.get_total_flops() > 0
-
-
-# ---- Other people's tools ------------------------------------------------------------------------
+    with torch.autocast("cpu", torch.float16):
+        got = model(tokens)
+    error = got - model(tokens)
+    assert error.isfinite().all() and error.abs().mean() < 0.05
 
 
 def test_the_whole_model_with_its_loss_compiles_into_one_graph():
@@ -435,8 +395,49 @@ def test_a_dynamically_quantised_model_says_nearly_the_same():
     model = toy_model()
     quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
     assert not isinstance(quantised.layers[0].self_attn.q_proj, nn.Linear)
-    error = quantised(some_tokens(2, 20)) - model(some_tokens(2, 20))
+    tokens = some_tokens(2, 20)
+    error = quantised(tokens) - model(tokens)
     assert error.std() < 0.1
+
+
+# ---- Loss ----------------------------------------------------------------------------------------
+
+
+def loss_in_chunks(model, rows):
+    """Lets the loss take so few rows at a time."""
+    return mock.patch.object(gemma270m, "LOGITS_AT_ONCE", rows * model.config.vocab_size)
+
+
+@given(model=models, rows=sizes, ignored=st.sets(st.integers(0, 23)))
+@example(model=toy_model(), rows=9, ignored=range(24))
+def test_the_loss_and_its_gradient_are_those_of_plain_cross_entropy(model, rows, ignored):
+    tokens = some_tokens(2, 12)
+    targets = some_tokens(1, 24, seed=1)[0]
+    targets[list(ignored)] = -1
+    logits = model(tokens).flatten(0, 1)
+    total = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+    expected = total / max(1, 24 - len(ignored))  # 0, not NaN, if all are ignored
+    with loss_in_chunks(model, rows):
+        loss = model(tokens, targets.view(2, 12))
+    assert_close(loss, expected)
+    assert_close(gradients(loss, model), gradients(expected, model))
+
+
+def test_training_never_holds_all_logits_and_validation_makes_no_gradient():
+    model = toy_model(vocab_size=1_000)
+    tokens = some_tokens(2, 50)
+    with TensorsMade() as made, loss_in_chunks(model, rows=20):
+        loss = model(tokens, tokens)
+        kept = loss.grad_fn.next_functions[0][0].saved_tensors  # for the backward pass
+        loss.backward()
+    logits = [shape.numel() for shape in made.shapes if shape[-1:] == (1_000,)]
+    assert max(logits) == 20 * 1_000  # of 100 * 1,000
+    assert [tensor.shape for tensor in kept] == [(100, 16), (1_000, 16)]
+    with torch.no_grad(), FlopCounterMode(display=False) as for_logits:
+        model(tokens)
+    with torch.no_grad(), FlopCounterMode(display=False) as for_loss:
+        model(tokens, tokens)
+    assert for_loss.get_total_flops() == for_logits.get_total_flops() > 0
 
 
 # ---- Generation and its cache --------------------------------------------------------------------
@@ -460,19 +461,14 @@ def with_the_cache(model, tokens, n):
     return torch.cat((tokens, torch.stack(new, dim=1)), dim=1)
 
 
-@few
-@given(config=shapes, T=st.integers(1, 20), seed=seeds)
-def test_greedy_text_is_that_of_transformers_with_and_without_the_cache(config, T, seed):
-    peer, model = transformers_peer(config, seed)
-    tokens = some_tokens(2, T, seed)
+@given(model=models, T=sizes)
+def test_greedy_text_with_the_cache_is_that_without(model, T):
+    tokens = some_tokens(2, T)
     text = model.generate(tokens, 16, temperature=0)
     assert torch.equal(with_the_cache(model, tokens, 16), text)
-    if config.sliding_window > 1:  # the peer's cache never drops a key from a window of one
-        options = {"attention_mask": torch.ones_like(tokens), "do_sample": False}
-        assert torch.equal(peer.generate(tokens, max_new_tokens=16, **options), text)
 
 
-@given(model=models, prompt=st.integers(1, 30), new=st.integers(1, 20))
+@given(model=models, prompt=sizes, new=sizes)
 def test_the_cache_is_exact_and_none_of_its_rings_exceeds_the_window(model, prompt, new):
     tokens = some_tokens(2, prompt + new)
     parts = tokens.split([prompt, *[1] * new], dim=1)
@@ -481,16 +477,15 @@ def test_the_cache_is_exact_and_none_of_its_rings_exceeds_the_window(model, prom
         logits = [sample.predict(model, cache, part) for part in parts]
         expected = model(tokens)[:, prompt - 1 :]
     assert_close(torch.stack(logits, dim=1), expected, atol=1e-4, rtol=0)
-    for layer, kind in zip(cache.layers, model.config.layer_types):
-        window = 64 if kind == "full_attention" else model.config.sliding_window
-        size = min(window, prompt + new)
-        assert layer.keys.size(2) == layer.values.size(2) == size
+    for layer, ring in zip(model.layers, cache.layers):
+        size = min(layer.self_attn.window, prompt + new)
+        assert ring.keys.size(2) == ring.values.size(2) == size
 
 
 # ---- Data, learning rate, validation -------------------------------------------------------------
 
 
-@given(n_blocks=st.integers(1, 30), batch_size=st.integers(1, 70), seed=seeds)
+@given(n_blocks=sizes, batch_size=sizes, seed=seeds)
 def test_every_block_comes_once_an_epoch_in_another_order(n_blocks, batch_size, seed):
     order = []
     for i in range(3 * n_blocks):
@@ -502,46 +497,44 @@ def test_every_block_comes_once_an_epoch_in_another_order(n_blocks, batch_size, 
 
 @given(
     length=st.integers(2, 60),
-    block_size=st.integers(1, 20),
+    block_size=sizes,
     document=st.integers(2, 30),
     bos=st.none() | st.just(7),
 )
 def test_every_token_is_a_target_once_an_epoch(length, block_size, document, bos):
     tokens = np.arange(100, 100 + length)
-    first = [True]  # of its block, and a start token: then it is only seen
+    expected = tokens[1:].tolist()
     if bos is not None:
         tokens[::document] = bos
-        first = tokens == bos
-        first[np.arange(length) % block_size > 0] = False
+        # A start token that begins a block is only seen.
+        expected = [token for i, token in enumerate(tokens) if token != bos or i % block_size > 0]
     blocks = range(gemma270m.count_blocks(length, block_size, bos))
     x, y = gemma270m.get_batch(tokens, blocks, block_size, bos, CPU)
-    assert y[y >= 0].tolist() == np.delete(tokens, np.flatnonzero(first)).tolist()
+    assert y[y >= 0].tolist() == expected
     assert torch.equal(x[:, 1:], y[:, :-1].clamp(min=0))
     if bos is not None:  # then each row begins with one start token
         assert (x[:, 0] == bos).all() and (y[:, 0] != bos).all()
 
 
-@given(accum=st.integers(1, 8), steps=st.integers(1, 60), warmup=st.integers(0, 300))
-def test_learning_rate_rises_to_its_peak_and_falls_to_min_lr(accum, steps, warmup):
-    max_iters = (steps + 1) * accum - 1
+@given(accum=st.integers(1, 8), max_iters=st.integers(8, 480), warmup=st.integers(0, 300))
+def test_learning_rate_rises_to_its_peak_and_falls_to_min_lr(accum, max_iters, warmup):
     lengths = dict(grad_accum=accum, max_iters=max_iters, warmup_iters=warmup)
     config = TrainConfig(**lengths, lr=0.5, min_lr=0.1)
-    rates = [gemma270m.learning_rate(config, step) for step in range(steps)]
+    rates = [gemma270m.learning_rate(config, step) for step in range(config.steps)]
     peak = rates.index(max(rates))
     assert rates[:peak] == sorted(rates[:peak])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
     if accum < warmup:
         assert rates[0] == pytest.approx(0.5 * accum / warmup)
-    if warmup < steps * accum:
+    if warmup <= (config.steps - 1) * accum:  # a whole step is left for the cosine
         assert rates[peak] <= 0.5
         assert rates[-1] == pytest.approx(0.1)
         assert abs((peak + 1) * accum - warmup) <= accum
 
 
-@few
 @given(
     tokens=st.lists(st.integers(1, 39), min_size=2, max_size=60).map(np.array),
-    block_size=st.integers(1, 64),
+    block_size=sizes,
     eval_tokens=st.integers(1, 130),
     bos=st.none() | st.just(0),
 )
@@ -590,11 +583,9 @@ class Malice:
         return Path.touch, (Path("ran"),)
 
 
-@pytest.mark.parametrize("save", (torch.save, pickle.dump))
-def test_code_in_a_checkpoint_is_refused_and_does_not_run(save, tmp_path, monkeypatch):
+def test_code_in_a_checkpoint_is_refused_and_does_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with open("out.pt", "wb") as file:
-        save(Malice(), file)
+    torch.save(Malice(), "out.pt")
     with pytest.raises(UserError, match="out.pt cannot be loaded"):
         gemma270m.load_checkpoint("out.pt")
     assert os.listdir() == ["out.pt"]
@@ -602,9 +593,7 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(save, tmp_path, monkey
 
 @pytest.mark.parametrize("name", ("meta.json", "train.bin", "val.bin", "tokenizer.json", "out.pt"))
 @given(damage=damages())
-def test_a_damaged_file_is_usable_or_refused_in_one_line(
-    data, whole, tmp_path_factory, name, damage
-):
+def test_a_damaged_file_is_usable_or_refused(data, whole, tmp_path_factory, name, damage):
     folder = shutil.copytree(data, tmp_path_factory.mktemp("damaged"), dirs_exist_ok=True)
     out = folder / "out.pt"
     torch.save(whole, out)
@@ -649,14 +638,13 @@ def test_a_checkpoint_with_a_part_that_does_not_fit_is_refused(whole, data, tmp_
 
 @pytest.fixture(scope="session")
 def start(data):
-    """Starts a process that executes some code and then a toy run, which prints to out.pt.txt."""
+    """A function that starts a process, which executes some code and then a toy run."""
     context = multiprocessing.get_context("forkserver")  # which imports torch once
     context.set_forkserver_preload(["gemma270m", "torch._dynamo"])
-    setup = "import gemma270m, os, sys, time; sys.stdout = open(out + '.txt', 'w')"
 
     def start(code="", **given):
         names = {"argv": flags(**{**TOY, "data_dir": data, **given}), "out": str(given["out"])}
-        code = f"{setup}\n{code}\ngemma270m.main(argv)"
+        code = f"import gemma270m, os, time\n{code}\ngemma270m.main(argv)"
         process = context.Process(target=exec, args=(code, names), daemon=True)
         process.start()
         return process
@@ -664,27 +652,27 @@ def start(data):
     return start
 
 
-def on_each_batch(happen):
-    """Calls happen(n) before the n-th batch of a run is read, those of validation included."""
-    plain = gemma270m.get_batch
+def before_each(name, happen):
+    """Calls happen(n, *args) before the n-th call of that function of gemma270m.py."""
+    plain = getattr(gemma270m, name)
     numbers = itertools.count()
 
-    def get_batch(*args):
-        happen(next(numbers))
+    def call(*args):
+        happen(next(numbers), *args)
         return plain(*args)
 
-    return mock.patch.object(gemma270m, "get_batch", get_batch)
+    return mock.patch.object(gemma270m, name, call)
 
 
 def signalled(number, place):
     """The signal comes before that batch, and at once again, as torchrun's echo of a Ctrl-C."""
 
-    def happen(n):
+    def happen(n, *args):
         if n == place:
             signal.raise_signal(number)
             signal.raise_signal(number)
 
-    return on_each_batch(happen)
+    return before_each("get_batch", happen)
 
 
 stop_signals = st.sampled_from((signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
@@ -728,18 +716,15 @@ def test_kill_9_at_any_moment_loses_nothing_and_sighup_saves(run, start, tmp_pat
         os.kill(process.pid, number)
         process.join()
         gemma270m.load_checkpoint(out)
-        if number == signal.SIGHUP:
-            assert "\nstopped at iteration" in Path(f"{out}.txt").read_text()
         assert process.exitcode == (0 if number == signal.SIGHUP else -number)
     assert_same_run(run(out=out, resume=True, **given), run(**given))
 
 
 @pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
 def test_a_second_signal_ends_a_run_at_once(start, tmp_path, number):
-    hang = "gemma270m.learning_rate = lambda *_: open(out, 'w') and time.sleep(3600)"
+    hang = "gemma270m.learning_rate = lambda *_: open(out + '.hangs', 'w') and time.sleep(3600)"
     process = start(hang, out=tmp_path / "out.pt")
-    wait_for_new(tmp_path / "out.pt", process)
-    wait_for_new(tmp_path / "out.pt", process)
+    wait_for_new(tmp_path / "out.pt.hangs", process)
     signals = 0
     while process.is_alive() and signals < 30:
         os.kill(process.pid, number)
@@ -777,10 +762,11 @@ def test_a_mistake_in_the_code_is_raised_and_handlers_and_process_group_put_back
     monkeypatch.setattr(dist, "init_process_group", mock.Mock())
     monkeypatch.setattr(dist, "destroy_process_group", mock.Mock())
     before = signal.getsignal(signal.SIGINT)
-    mistake = mock.Mock(side_effect=ValueError("shapes differ"))
-    with on_each_batch(mistake), pytest.raises(ValueError, match="shapes differ") as raised:
+    mistake = ValueError("shapes differ")
+    happen = mock.Mock(side_effect=mistake)
+    with before_each("get_batch", happen), pytest.raises(ValueError) as raised:
         run()
-    assert raised.type is ValueError  # and no UserError, which loses its traceback
+    assert raised.value is mistake  # and no UserError, which loses its traceback
     assert signal.getsignal(signal.SIGINT) == before
     dist.init_process_group.assert_called_once_with("gloo")
     dist.destroy_process_group.assert_called_once()
@@ -791,13 +777,14 @@ def test_a_disk_that_fills_up_ends_no_run_before_its_end(run, whole, tmp_path, c
     out = tmp_path / "out.pt"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def fill(n):
+    def fill(*args):
         if out.exists():
             room_left = int(room * out.stat().st_size)
             resource.setrlimit(resource.RLIMIT_FSIZE, (room_left, limits[1]))
 
+    refused = pytest.raises(UserError, match="out.pt .*cannot be written: .+")
     try:
-        with on_each_batch(fill), pytest.raises(UserError, match="out.pt .*cannot be written: .+"):
+        with before_each("get_batch", fill), refused:
             run(out=out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -806,26 +793,16 @@ def test_a_disk_that_fills_up_ends_no_run_before_its_end(run, whole, tmp_path, c
     assert_same_run(run(out=out, resume=True), whole)
 
 
-def spoils(bad, factor):
-    """Puts the factor into a gradient after each micro-batch whose number is in bad."""
-    plain = gemma270m.forward_backward
-    numbers = itertools.count()
-
-    def forward_backward(model, *args):
-        loss_sum = plain(model, *args)
-        if next(numbers) in bad:
-            model.norm.weight.grad[0] = factor
-        return loss_sum
-
-    return mock.patch.object(gemma270m, "forward_backward", forward_backward)
-
-
 @pytest.mark.parametrize("dtype", ("float32", "float16"))
 @few
 @given(bad=st.sets(st.integers(0, 11), max_size=5), factor=st.sampled_from((math.inf, math.nan)))
 @example(bad={2, 5, 6}, factor=math.nan)
 def test_steps_without_a_finite_gradient_are_skipped_and_counted(run, dtype, bad, factor):
-    with spoils(bad, factor):
+    def spoil(n, model, *args):
+        if n in bad:
+            model.norm.weight.grad[0] = factor
+
+    with before_each("forward_backward", spoil):
         state = run(dtype=dtype)
     updates = state["optimizer"]["state"][0]["step"]
     steps = {iteration // 2 for iteration in bad}
@@ -833,7 +810,10 @@ def test_steps_without_a_finite_gradient_are_skipped_and_counted(run, dtype, bad
 
 
 def test_a_run_without_finite_gradients_ends(run):
-    with spoils(range(10, 100), math.inf), pytest.raises(UserError, match="up to 30, lr"):
+    def spoil(n, model, *args):
+        model.norm.weight.grad[0] = math.inf if n >= 10 else 0
+
+    with before_each("forward_backward", spoil), pytest.raises(UserError, match="up to 30, lr"):
         run(max_iters=100)
 
 
@@ -844,41 +824,40 @@ def test_weights_that_are_not_finite_are_not_saved(run, tmp_path, monkeypatch):
     assert torch.load(tmp_path / "out.pt")["step"] == 0
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads memory and files from /proc")
 def test_memory_and_open_files_stay_the_same_over_a_thousand_iterations(run):
-    memory = []
+    pages = []
     files = []
 
-    def measure(n):
+    def measure(n, *args):
         if n % 250 == 0:
-            memory.append(int(Path("/proc/self/statm").read_text().split()[1]))
+            pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
             files.append(len(os.listdir("/proc/self/fd")))
 
-    with on_each_batch(measure):
+    with before_each("get_batch", measure):
         run(max_iters=1_000, n_layers=1, batch_size=1, eval_interval=50, log_interval=50)
     assert len(files) > 4 and files[1] == files[-1]
-    assert (memory[-1] - memory[1]) * resource.getpagesize() < 2**21
+    assert (pages[-1] - pages[1]) * resource.getpagesize() < 2**21
 
 
 def test_one_batch_can_be_learned_by_heart(run, tmp_path):
     tokens = np.random.default_rng(0).integers(40, size=17)
     sizes = dict(batch_size=1, grad_accum=1, max_iters=150, lr=2e-2, eval_interval=999)
-    losses = column(run(data_dir=write_data(tmp_path, tokens, tokens), **sizes), "train_loss")
+    state = run(data_dir=write_data(tmp_path, tokens, tokens), **sizes)
+    losses = column(state, "train_loss")
     assert losses[-1] < 0.1 < 1 < losses[0]
 
 
 def test_log_lines_come_at_the_steps_after_each_multiple_and_make_a_table(run, tmp_path):
     sizes = dict(grad_accum=3, max_iters=20, eval_interval=7, log_interval=4)
-    state = run(**sizes, out=tmp_path / "o.csv")
-    rows = state["rows"]
+    rows = run(**sizes, out=tmp_path / "o.csv")["rows"]
     assert [row["iteration"] for row in rows if "val_loss" in row] == [0, 9, 15, 18]
     assert [row["iteration"] for row in rows if "train_loss" in row] == [6, 9, 12, 18]
-    assert column(state, "iteration") == [3 * step for step in column(state, "step")]
+    assert all(row["iteration"] == 3 * row["step"] for row in rows)
     table = list(csv.DictReader((tmp_path / "o.csv.csv").open(newline="")))
     assert table == [{name: str(row.get(name, "")) for name in table[0]} for row in rows]
 
 
-# ---- Several processes ---------------------------------------------------------------------------
+# ---- Several processes, dtype, device ------------------------------------------------------------
 
 
 def assert_equal_to_rounding(got, expected):
@@ -889,17 +868,10 @@ def assert_equal_to_rounding(got, expected):
         assert column(got, name) == pytest.approx(column(expected, name), rel=1e-3)
 
 
-def test_accumulated_micro_batches_equal_one_batch(run):
-    given = dict(lr=1e-3, eval_interval=999)
-    one = run(**given, batch_size=8, grad_accum=1, max_iters=4, warmup_iters=2, log_interval=1)
-    many = run(**given, batch_size=2, grad_accum=4, max_iters=16, warmup_iters=8, log_interval=4)
-    assert_equal_to_rounding(many, one)
-
-
-def test_any_number_of_processes_gives_the_same_and_another_resumes_it(
-    run, start, tmp_path, monkeypatch
-):
-    given = dict(grad_accum=4, lr=1e-3, checkpoint_activations=True, max_iters=16)
+def test_any_number_of_processes_makes_the_updates_of_one(run, start, tmp_path, monkeypatch):
+    one_batch = dict(batch_size=8, grad_accum=1, max_iters=4, warmup_iters=1)
+    one = run(**one_batch, lr=1e-3, eval_interval=1, log_interval=1)
+    given = dict(batch_size=2, grad_accum=4, max_iters=16, lr=1e-3, checkpoint_activations=True)
 
     def together(world, out):
         with socket.socket() as free:
@@ -912,7 +884,6 @@ def test_any_number_of_processes_gives_the_same_and_another_resumes_it(
             assert process.exitcode == 0
         return torch.load(out)
 
-    one = run(**given)
     assert_equal_to_rounding(together(2, tmp_path / "2.pt"), one)
     assert_equal_to_rounding(together(4, tmp_path / "4.pt"), one)
     given |= dict(resume=True, max_iters=32)
@@ -940,28 +911,21 @@ def test_a_signal_to_torchrun_saves_though_nobody_reads_the_output(data, tmp_pat
     assert torch.load(out)["step"] > 9
 
 
-# ---- Optimizer, dtype, device --------------------------------------------------------------------
-
-
-def test_the_optimizer_has_the_rate_of_the_step_and_decays_matrices_only(whole):
-    matrices, norms = whole["optimizer"]["param_groups"]
-    assert matrices["lr"] == norms["lr"] == column(whole, "lr")[-1] == 1e-3
-    assert matrices["weight_decay"] == 0.1
-    assert norms["weight_decay"] == 0
-    dimensions = [weight.ndim for weight in whole["model"].values()]
-    assert len(matrices["params"]) == dimensions.count(2)
-    assert len(norms["params"]) == dimensions.count(1)
-
-
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float16"))
-def test_weights_stay_in_float32_and_gradients_are_clipped_unscaled(run, whole, dtype):
+def test_an_update_is_clipped_and_has_its_rate_in_float32_whatever_the_dtype(run, whole, dtype):
     state = run(dtype=dtype, grad_clip=0.01, max_iters=2)
     means = [moment["exp_avg"] for moment in state["optimizer"]["state"].values()]
-    assert {tensor.dtype for tensor in (*means, *state["model"].values())} == {torch.float32}
+    weights = list(state["model"].values())
+    assert {tensor.dtype for tensor in (*means, *weights)} == {torch.float32}
     norm = nn.utils.parameters_to_vector(means).norm().item()
     assert norm == pytest.approx(0.1 * 0.01, rel=1e-3)  # (1 - beta1) * grad_clip
     losses = column(run(dtype=dtype), "val_loss")
     assert losses == pytest.approx(column(whole, "val_loss"), rel=0.03)
+
+    matrices, norms = state["optimizer"]["param_groups"]
+    assert matrices["lr"] == norms["lr"] == column(state, "lr")[-1]
+    assert matrices["weight_decay"] == 0.1 and norms["weight_decay"] == 0
+    assert len(norms["params"]) == sum(weight.ndim == 1 for weight in weights)
 
 
 def test_a_run_keeps_the_dtype_that_the_hardware_chose_unless_told(run, tmp_path, monkeypatch):
@@ -973,8 +937,7 @@ def test_a_run_keeps_the_dtype_that_the_hardware_chose_unless_told(run, tmp_path
     assert torch.load(tmp_path / "out.pt")["train_config"]["dtype"] == "bfloat16"
     for max_iters, dtype in ((12, "float32"), (16, "float16"), (20, "bfloat16")):
         state = run(**given, dtype=dtype, max_iters=max_iters)
-        assert state["step"] == max_iters / 2
-        assert bool(state["scaler"]) == (dtype == "float16")
+        assert state["step"] == max_iters / 2 and bool(state["scaler"]) == (dtype == "float16")
 
 
 def test_dtype_follows_the_compute_capability(monkeypatch):
@@ -1002,11 +965,9 @@ def test_a_gpu_that_torch_cannot_use_is_refused_or_said_aloud(run, monkeypatch, 
 # ---- Command line --------------------------------------------------------------------------------
 
 
-def test_resume_starts_a_run_goes_on_with_its_settings_and_ends_it(
-    data, tmp_path, monkeypatch, capsys
-):
+def test_resume_starts_goes_on_with_its_settings_and_ends(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    gemma270m.main(flags(**{**TOY, "max_iters": 4, "preset": "auto"}, data_dir=data, resume=True))
+    run(out="out.pt", max_iters=4, preset="auto", resume=True)
     assert capsys.readouterr().out.startswith("start   from scratch, preset tiny")
     os.renames("out.pt", "moved/out.pt")
     gemma270m.main(flags(resume=True, max_iters=8, lr=0.5, out="moved/out.pt"))
@@ -1021,17 +982,13 @@ def test_resume_starts_a_run_goes_on_with_its_settings_and_ends_it(
     assert Path("moved/out.pt").read_bytes() == before
 
 
-def test_weights_beside_the_data_are_fine_tuned(data, whole, tmp_path, capsys):
+def test_weights_beside_the_data_are_fine_tuned(run, data, whole, tmp_path):
     folder = shutil.copytree(data, tmp_path / "data")
     weights = {name: weight.bfloat16() for name, weight in whole["model"].items()}
-    init = {"model_config": whole["model_config"], "model": weights}
-    gemma270m.save_checkpoint(folder / "init.pt", init)
-    out = tmp_path / "out.pt"
-    gemma270m.main(flags(data_dir=folder, out=out, device="cpu", block_size=32, max_iters=4))
-    assert "init.pt, preset finetune" in capsys.readouterr().out
-    state = torch.load(out)
-    assert state["train_config"]["batch_size"] == gemma270m.PRESETS["finetune"]["batch_size"]
-    assert column(state, "val_loss")[0] == pytest.approx(column(whole, "val_loss")[-1], rel=0.1)
+    torch.save({**whole, "model": weights}, folder / "init.pt")
+    state = run(preset="auto", data_dir=folder)
+    assert state["train_config"]["preset"] == "finetune"
+    assert column(state, "val_loss")[0] == pytest.approx(column(whole, "val_loss")[-1], rel=0.01)
     assert {weight.dtype for weight in state["model"].values()} == {torch.float32}
 
 
@@ -1051,15 +1008,16 @@ def test_a_run_goes_on_with_other_data_only_if_they_are_named(run, tmp_path):
 MISTAKES = """
 --data_dir=nowhere                           no usable data in nowhere
 --data_dir=short                             no usable data in short
---data_dir=cut                               no usable data in cut
 --data_dir=beyond                            no usable data in beyond
 --preset=finetune                            init.pt
 --preset=1b                                  preset
 --device=gpu                                 device gpu
 --batch=2                                    --batch
-word                                         word
 --batch_size=2.5                             batch_size
 --beta2=1                                    beta2
+--lr=nan                                     lr cannot be nan
+--seed=-1                                    seed cannot be -1
+--context_length=2147483648                  context_length cannot be 2147483648
 --max_iters=1                                max_iters 1
 --n_kv_groups=3                              n_kv_groups 3
 --head_dim=7                                 head_dim 7
@@ -1070,7 +1028,7 @@ word                                         word
 --out=out.pt                                 out.pt exists --resume --overwrite
 --resume --out=data/train.bin                train.bin
 --resume --out=out.pt --emb_dim=24           shape
---resume --out=out.pt --data_dir=cut         no usable data in cut
+--resume --out=out.pt --data_dir=short       no usable data in short
 --resume --out=out.pt --grad_accum=0         grad_accum
 """
 
@@ -1080,28 +1038,13 @@ def test_a_mistake_gives_one_line_and_changes_no_file(mistake, data, whole, tmp_
     monkeypatch.chdir(tmp_path)
     shutil.copytree(data, "data")
     write_data(Path("short"), range(40), [1])
-    write_data(Path("cut"), range(40), range(40), train_tokens=50)
     write_data(Path("beyond"), range(40), range(41))
     gemma270m.save_checkpoint("out.pt", whole)
-
-    def files():
-        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-
-    before = files()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     wrong, words = re.split(" {2,}", mistake)
     argv = flags(**{**TOY, "out": "new.pt", "max_iters": 16})
     refuses(gemma270m, [*argv, *wrong.split()], *words.split())
-    assert files() == before
-
-
-@pytest.mark.parametrize("kind", (GemmaConfig, TrainConfig))
-@given(data=st.data())
-def test_a_number_out_of_range_is_refused_by_the_name_of_its_field(kind, data):
-    names = [field.name for field in fields(kind) if field.type in (int, float)]
-    name = data.draw(st.sampled_from(names))
-    wrong = data.draw(st.sampled_from((-1, 2**31, math.nan, math.inf, -math.inf)))
-    with pytest.raises(UserError, match=name):
-        kind(**{name: wrong})
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_help_shows_every_field_with_its_comment_and_default(capsys):
@@ -2169,8 +2112,6 @@ def test_an_export_appears_whole_or_not_at_all(teller, tmp_path, capsys, error):
 # ---- README.md -----------------------------------------------------------------------------------
 
 README = Path(gemma270m.__file__).with_name("README.md").read_text()
-SHORT = dict(device="cpu", max_iters=2, grad_accum=2, batch_size=1, block_size=64, eval_tokens=64,
-             compile=False, overwrite=True)  # fmt: skip
 
 
 def test_the_commands_of_the_readme_run(gemma_folder, tmp_path, monkeypatch, capsys):
@@ -2182,9 +2123,11 @@ def test_the_commands_of_the_readme_run(gemma_folder, tmp_path, monkeypatch, cap
     # A folder stands for the models on the hub, and a text file for TinyStories.
     places = {"more/*.jsonl.gz": "more/a.txt", "FOLDER": "my-gemma"}
     places |= dict.fromkeys(("google/gemma-3-270m", "google/gemma-3-270m-it"), str(gemma_folder))
-    ran = set()
+    short = dict(device="cpu", max_iters=2, grad_accum=2, batch_size=1, block_size=64)
     blocks = "".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
-    for program, rest in re.findall(r"python (\w+)\.py([^&\n]*)", blocks):
+    commands = re.findall(r"python (\w+)\.py([^&\n]*)", blocks)
+    assert {program for program, _ in commands} == {"prepare", "gemma270m", "sample"}
+    for program, rest in commands:
         args = [places.get(arg, arg) for arg in shlex.split(rest, comments=True)]
         if program == "prepare":
             source = [] if "--input" in args else ["--input", "mine.txt"]
@@ -2192,24 +2135,19 @@ def test_the_commands_of_the_readme_run(gemma_folder, tmp_path, monkeypatch, cap
             assert prepare.main([*args, *source, *words]) == 0
         elif program == "gemma270m":
             shape = {} if "data-gemma" in args else {"preset": "tiny"}
-            gemma270m.main([*args, *flags(**SHORT, **shape)])
-        elif program == "sample":
+            gemma270m.main([*args, *flags(**short, **shape, eval_tokens=64, overwrite=True)])
+        else:
             sample.main([*args, "--max_new_tokens", "9"])
-        ran.add(program)
-    assert {"prepare", "gemma270m", "sample"} <= ran
     assert "error" not in capsys.readouterr().err
 
 
-def test_the_python_of_the_readme_runs():
+def test_the_readme_is_short_and_its_python_runs():
+    assert len(README.splitlines()) <= 150
+    assert len(README.split()) <= 1_500
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert blocks
     for block in blocks:
         exec(block, {})
-
-
-def test_the_readme_stays_short():
-    assert len(README.splitlines()) <= 150
-    assert len(README.split()) <= 1_500
 
 
 # ---- GPU -----------------------------------------------------------------------------------------
@@ -2266,10 +2204,9 @@ def test_training_on_a_gpu_follows_that_on_a_cpu(run, whole, dtype, apart, more,
 
 
 def flops_per_token(matrices, width, windows, T):
-    """Operations of a training step for a token in sequences of T (arXiv 2001.08361, section 2.1).
+    """Operations of training for a token in sequences of T (arXiv 2001.08361, section 2.1).
 
-    matrices: numbers in them, the head included; width: of all heads together; windows: how many
-    keys each layer sees at most.
+    matrices: their numbers, the head's too; width: of all heads; windows: keys a layer may see
     """
     keys = sum(W - W * (W - 1) / (2 * T) for W in (min(T, window) for window in windows))
     return 6 * matrices + 12 * width * keys
@@ -2321,12 +2258,10 @@ def time_nanogpt(file, B, T, device, dtype, chip):
     nanogpt = importlib.import_module(Path(file).stem)
     model = nanogpt.GPT(nanogpt.GPTConfig(block_size=T, bias=False)).to(device)
     compiled = torch.compile(model) if device.type == "cuda" else model
-    x = torch.randint(model.config.vocab_size, (B, T), device=device)
+    c = model.config
+    x = torch.randint(c.vocab_size, (B, T), device=device)
     (seconds,) = median_seconds(device, micro_batch(lambda x, y: compiled(x, y)[1], x, dtype))
-    matrices = sum(weight.numel() for weight in model.parameters() if weight.ndim == 2)
-    matrices -= model.transformer.wpe.weight.numel()
-    windows = [T] * model.config.n_layer
-    flops = flops_per_token(matrices, model.config.n_embd, windows, T)
+    flops = flops_per_token(model.get_num_params(), c.n_embd, [T] * c.n_layer, T)
     report("nanoGPT", seconds, B * T, flops, chip)
 
 
@@ -2367,7 +2302,7 @@ def bench(argv):
     (seconds,) = median_seconds(device, lambda: [square @ square for _ in range(20)])
     chip = 20 * 2 * size**3 / seconds
     B, T = config.batch_size, config.block_size
-    iteration = statistics.median(np.diff(updates)) / config.grad_accum
+    iteration = np.median(np.diff(updates)) / config.grad_accum
     print(f"start   {updates[0] - began:.1f} s; GPU memory {memory:.2f} GiB")
     report("ours", iteration, B * T, our_flops_per_token(model, T), chip)
     if args.nanogpt:

@@ -2299,8 +2299,8 @@ def bench(argv):
     dtype = getattr(torch, config.dtype)
     size = 8192 if device.type == "cuda" else 1024
     square = torch.randn(size, size, device=device).to(dtype)
-    (seconds,) = median_seconds(device, lambda: [square @ square for _ in range(20)])
-    chip = 20 * 2 * size**3 / seconds
+    (seconds,) = median_seconds(device, lambda: [square @ square for _ in range(5)])
+    chip = 5 * 2 * size**3 / seconds
     B, T = config.batch_size, config.block_size
     iteration = np.median(np.diff(updates)) / config.grad_accum
     print(f"start   {updates[0] - began:.1f} s; GPU memory {memory:.2f} GiB")

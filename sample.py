@@ -86,10 +86,6 @@ def predict(model, cache, tokens):
     return logits.float()
 
 
-# For Gemma.compile_parts: with few rows a matrix product is a sum, which these tune and join to others.
-DECODING = {"coordinate_descent_tuning": True, "combo_kernels": True}
-
-
 # ---- Generation ----------------------------------------------------------------------------------
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draws one token from each row of logits (B, V) -> (B,). Temperature 0 takes the likeliest.
@@ -326,7 +322,7 @@ def sample(args, model, tokenizer, end_tokens):
         torch.set_num_threads(1)  # a second thread would only wait for the first
     model.to(device, dtype)
     if args.compile:
-        model.compile_parts(**DECODING)
+        model.compile_parts()
     generator = torch.Generator(device)
     generator.manual_seed(generator.seed() if args.seed is None else args.seed % 2**63)
     tokens = torch.tensor([start] * args.num_samples, device=device)

@@ -139,13 +139,14 @@ def byte_level(model, trainer=None, texts=()):
 
 
 def learn_tokenizer(texts, size):
-    """A vocabulary of `size` words, or as many as there are, learned from an iterator of texts."""
+    """A vocabulary of `size` words, or as many as there are, learned from the first texts."""
     if size < 257:
         raise UserError(f"a vocabulary of {size} is too small: 257 are the bytes and the end")
     options = {"special_tokens": [END_OF_TEXT], "show_progress": False}
     options["initial_alphabet"] = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, **options)
-    return byte_level(tokenizers.models.BPE(), trainer, list(texts))
+    first = [text for text in islice(texts, LEARN_FROM) if text]
+    return byte_level(tokenizers.models.BPE(), trainer, first)
 
 
 def load_tokenizer(name):
@@ -448,6 +449,16 @@ def find_tinystories(limit, out):
     return TINYSTORIES, {"train": train, "val": val}
 
 
+def put_in_place(new, out, meta):
+    """Moves the new files to the data folder."""
+    # The old files go first and meta.json comes last: without it the folder looks unfinished.
+    for stale in ("meta.json", "init.pt"):
+        (out / stale).unlink(missing_ok=True)
+    for path in new.iterdir():
+        path.replace(out / path.name)
+    (out / "meta.json").write_text(json.dumps(meta, indent=2))
+
+
 def prepare(args):
     """Makes the data folder that is asked for, or leaves it as it was, and prints what it holds."""
     out = Path(args.out_dir)
@@ -471,8 +482,7 @@ def prepare(args):
     if args.model:
         config, weights, tokenizer = read_model(name)
     elif name.isdecimal():
-        pieces = islice(read(texts["train"]), LEARN_FROM)
-        tokenizer = learn_tokenizer(filter(None, pieces), int(name))
+        tokenizer = learn_tokenizer(read(texts["train"]), int(name))
         name = f"{int(name):,} learned from the text"
     else:
         tokenizer = load_tokenizer(name)
@@ -501,12 +511,7 @@ def prepare(args):
                 hold_out(new, meta)
             else:
                 meta |= write_tokens(new, split, read(text), tokenizer, limit)
-        # The old files go first and meta.json comes last: without it the folder looks unfinished.
-        for stale in ("meta.json", "init.pt"):
-            (out / stale).unlink(missing_ok=True)
-        for path in new.iterdir():
-            path.replace(out / path.name)
-        (out / "meta.json").write_text(json.dumps(meta, indent=2))
+        put_in_place(new, out, meta)
     finally:
         shutil.rmtree(new, ignore_errors=True)
         if not any(out.iterdir()):

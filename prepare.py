@@ -478,7 +478,6 @@ def prepare(args):
         limit = limit or (ALL_STORIES if large else SMALL_STORIES)
     name = name or ("gpt2" if large else SMALL_VOCABULARY)
     print(f"Documents: {limit or 'all'} of {source}; tokenizer: {name}", flush=True)
-
     if args.model:
         config, weights, tokenizer = read_model(name)
     elif name.isdecimal():

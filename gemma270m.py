@@ -89,7 +89,7 @@ class GemmaConfig:
 
 @dataclass
 class TrainConfig:
-    """One training run. An iteration is one micro-batch, grad_accum of them a step: one update."""
+    """One training run. An iteration is one micro-batch; grad_accum of them make a step (update)."""
 
     preset: str = "auto"  # auto: finetune where the data have init.pt, else 270m on a GPU, or tiny
     data_dir: str = "data"  # folder that prepare.py wrote
@@ -113,7 +113,7 @@ class TrainConfig:
     seed: int = 1337  # of the initial weights and of the order of the data
     device: str = "auto"  # cuda, mps, cpu; auto takes an NVIDIA or AMD GPU if there is one
     dtype: str = "auto"  # of matrix products; auto takes what the hardware does well
-    compile: bool | None = None  # torch.compile the blocks; on CUDA if not given
+    compile: bool | None = None  # torch.compile blocks and loss; on CUDA if not given
     checkpoint_activations: bool = False  # recompute blocks in the backward pass: less memory
 
     def __post_init__(self):
@@ -129,7 +129,7 @@ class TrainConfig:
         return self.max_iters // self.grad_accum
 
 
-# Flags that a preset sets; those given beside it win.
+# Flags that a preset sets; those given beside it win. quick is a short run of the same model.
 PRESETS = {
     "270m": {},
     "quick": dict(grad_accum=1, max_iters=2_432, warmup_iters=200, lr=1e-3, min_lr=1e-4),
@@ -187,10 +187,10 @@ def causal_attention(q, k, v, window, scale):
         1 1 1 1 1       . . 1 1 1
     """
     B, H, T, _ = q.shape
-    # A GPU with bfloat16 has the fastest kernels. The one used in case 1 lets query heads share a
-    # key/value head; everywhere else each query head gets its own copy of it.
+    # pick_dtype takes bfloat16 on the GPUs that have the fastest kernels. The one of case 1 lets
+    # query heads share a key/value head; everywhere else each query head gets its own copy of it.
     fast = q.is_cuda and q.dtype == torch.bfloat16
-    if T > window or not fast:
+    if not (fast and T <= window):
         k = k.repeat_interleave(H // k.size(1), dim=1)  # (B, H, T, D)
         v = v.repeat_interleave(H // v.size(1), dim=1)
 
@@ -202,8 +202,8 @@ def causal_attention(q, k, v, window, scale):
     if fast:
         from torch.nn.attention.varlen import varlen_attn
 
-        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B * T, H, D)
-        bounds = torch.arange(B + 1, device=q.device, dtype=torch.int32) * T  # of the sequences
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # end to end: (B * T, H, D)
+        bounds = torch.arange(B + 1, device=q.device, dtype=torch.int32) * T  # where each begins
         keys = (window - 1, 0)  # before the query and after it
         y = varlen_attn(q, k, v, bounds, bounds, T, T, scale=scale, window_size=keys)
         return y.unflatten(0, (B, T)).transpose(1, 2)
@@ -285,8 +285,8 @@ class Block(nn.Module):
         self.post_feedforward_layernorm = RMSNorm(config.emb_dim, config.norm_eps)
 
     def forward(self, x, cos, sin, attend=causal_attention):
-        # With float16 the stream x is float32 (see Gemma.features), and y float16. A norm returns
-        # its input's dtype and may exceed float16, so y is widened before the norm.
+        # With float16 the stream x is float32 (see Gemma.features), and y float16. A norm's output
+        # has its input's dtype and may exceed float16, so y is widened before the norm.
         y = self.self_attn(self.input_layernorm(x), cos, sin, attend)
         x = x + self.post_attention_layernorm(y.type_as(x))
         y = self.mlp(self.pre_feedforward_layernorm(x))
@@ -313,7 +313,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of the logits x @ head.T. x (N, E), head (V, E), targets (N,)"""
 
     @staticmethod
-    def forward(ctx, x, head, targets, gradient_and_loss):
+    def forward(ctx, x, head, targets, gradient_and_loss):  # of summed_cross_entropy
         V = len(head)
         matrix = head.type_as(x)
         if x.is_cuda:  # whose matrix products are faster when their sides are multiples of 64
@@ -321,7 +321,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         head_grad = torch.zeros_like(matrix, dtype=torch.float32)
         x_grads = []
         total = 0.0
-        # 4,096 rows keep a GPU busy; above 65,536 words fewer stay within LOGITS_AT_ONCE.
+        # 4,096 rows keep a GPU busy; with more than 65,536 words LOGITS_AT_ONCE allows fewer.
         n = min(4096, LOGITS_AT_ONCE // V)
         for rows, row_targets in zip(x.split(n), targets.split(n)):
             logits = rows @ matrix.T  # (n or fewer, V padded)
@@ -344,7 +344,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 # ---- Model ---------------------------------------------------------------------------------------
 class Gemma(nn.Module):
-    """Gemma 3. Its parameters have the official checkpoint's names, without the prefix "model."."""
+    """Gemma 3. Its parameters have the official names, without "model." in front of them."""
 
     def __init__(self, config):
         super().__init__()
@@ -357,11 +357,11 @@ class Gemma(nn.Module):
         self.norm = RMSNorm(config.emb_dim, config.norm_eps)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
-        # Most have a norm behind them, so scale only sets their pace: small weights learn faster.
+        # A norm follows most, so their size only sets how fast they learn: small ones faster.
         for weight in self.parameters():
             if weight.ndim == 2:
                 nn.init.normal_(weight, std=0.005)
-        nn.init.normal_(self.embed_tokens.weight, std=config.emb_dim**-0.5)
+        nn.init.normal_(self.embed_tokens.weight, std=config.emb_dim**-0.5)  # features makes it 1
 
     @property
     def head(self):
@@ -396,8 +396,8 @@ class Gemma(nn.Module):
         # Under autocast the residual stream is bfloat16 too, which halves the memory to move. With
         # float16 it stays float32: Google's weights make it reach 1e5, and float16 ends at 65,504.
         if torch.is_autocast_enabled(x.device.type):
-            halved = torch.get_autocast_dtype(x.device.type) == torch.bfloat16
-            x = x.bfloat16() if halved else x.float()
+            wide = torch.get_autocast_dtype(x.device.type) == torch.float16
+            x = x.float() if wide else x.bfloat16()
         for block, kind, attend in zip(self.layers, c.layer_types, attends):
             if self.checkpoint_activations:
                 options = {"use_reentrant": False, "preserve_rng_state": False}
@@ -471,7 +471,7 @@ def training_blocks(iteration, batch_size, n_blocks, seed):
 
 
 def get_batch(data, blocks, block_size, bos, device):
-    """Inputs, and as targets the same tokens one place on, padded with 0 and -1. -> 2 x (B, T)"""
+    """Inputs padded with 0 and, one place on, targets padded with -1. -> 2 x (B, T)"""
     rows = np.full((len(blocks), block_size + 1), -1, dtype=np.int64)
     length = block_size + 1 if bos is None else block_size  # leaves a place for the start token
     for row, block in zip(rows, blocks):
@@ -482,7 +482,7 @@ def get_batch(data, blocks, block_size, bos, device):
         row[: len(piece)] = piece
     rows = torch.from_numpy(rows)
     if device.type == "cuda":
-        rows = rows.pin_memory()  # the copy need not wait for the work before it
+        rows = rows.pin_memory()  # so that Python need not wait for the GPU
     rows = rows.to(device, non_blocking=True)
     return rows[:, :-1].clamp(min=0), rows[:, 1:]
 
@@ -594,7 +594,7 @@ def pick_dtype(name, device):
 
 
 def prepare_model(model, config, device):
-    """Puts the model on its device, with a .grad that train will keep. -> its optimizer"""
+    """Puts the model on its device; each weight gets a .grad that lasts. -> its optimizer"""
     model.to(device)
     model.checkpoint_activations = config.checkpoint_activations
     if config.compile or (config.compile is None and device.type == "cuda"):
@@ -609,7 +609,7 @@ def prepare_model(model, config, device):
     return torch.optim.AdamW(groups, betas=betas, weight_decay=config.weight_decay, fused=True)
 
 
-stop_times = []  # when signals came that end the run; empty while it goes on
+stop_times = []  # of the signals that ask the run to end
 
 
 def request_stop(number, frame):
@@ -637,7 +637,7 @@ def log(rows, **row):
 
 
 def save_run(path, state, needed):
-    """Writes the checkpoint and its log as a table. Raises UserError if they are needed."""
+    """Writes the checkpoint, and its log as a table. If that fails: UserError, or a warning."""
     try:
         save_checkpoint(path, state)
         rows = state["rows"]
@@ -658,7 +658,7 @@ def forward_backward(model, autocast, scaler, accum, loss_sum, x, y):
     """Adds a micro-batch's gradient to .grad and its loss to loss_sum; a CUDA graph records it."""
     with autocast:
         loss = model(x, y) / accum
-    scaler.scale(loss).backward()
+    scaler.scale(loss).backward()  # the scale is a tensor: a replay sees its updates
     loss_sum += loss.detach()
     return loss_sum  # a recorded function must return a tensor
 
@@ -692,11 +692,13 @@ def train(config, model, train_data, val_data, meta, state=None):
     sums = [loss_sum, *(weight.grad for weight in model.parameters())]
     micro_batch = functools.partial(forward_backward, model, autocast, scaler, accum, loss_sum)
     if device.type == "cuda":
-        # One call launches all kernels of a micro-batch. What recording adds, a step sets to zero.
+        # A replay launches all kernels at once, those of backward() too. Recording adds to the
+        # sums, which each step sets to zero.
         example = get_batch(train_data, [0] * config.batch_size, config.block_size, bos, device)
         micro_batch = torch.cuda.make_graphed_callables(micro_batch, example, num_warmup_iters=1)
     while True:
-        # validate at the start, at the end and once a step has reached a multiple of eval_interval
+        # validate at the start, the end and once a step has reached a multiple of eval_interval,
+        # but not again where a stopped or resumed run has done so
         iteration = step * accum
         validated = any(row["step"] == step and "val_loss" in row for row in rows)
         due = step == config.steps or iteration % config.eval_interval < accum
@@ -734,7 +736,7 @@ def train(config, model, train_data, val_data, meta, state=None):
             if stopping:
                 break
         if stopping:
-            continue  # and save, as the loop begins; a resumed run takes this step from its start
+            continue  # saves at the top of the loop; a resumed run takes this step from its start
         if world > 1:
             for tensor in sums:
                 dist.all_reduce(tensor)
@@ -780,7 +782,7 @@ def parse_flags(argv):
 
 
 def make(config_class, values):
-    """A configuration from those of the values that are its fields."""
+    """A config_class from values, which may hold more than its fields."""
     return config_class(**{field.name: values[field.name] for field in fields(config_class)})
 
 

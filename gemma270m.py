@@ -89,7 +89,7 @@ class GemmaConfig:
 
 @dataclass
 class TrainConfig:
-    """One training run. An iteration is one micro-batch; grad_accum of them make a step (update)."""
+    """One run. An iteration is one micro-batch; a step is grad_accum of them and one update."""
 
     preset: str = "auto"  # auto: finetune where the data have init.pt, else 270m on a GPU, or tiny
     data_dir: str = "data"  # folder that prepare.py wrote

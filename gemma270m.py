@@ -8,7 +8,7 @@ Gemma 3 270M in one file: the model, its training loop and its command line, in 
 
 The model: Gemma 3 Technical Report, arXiv 2503.19786. Official code: transformers, models/gemma3.
 Letters in shapes: B sequences, T tokens, E emb_dim, H query heads, G key/value heads, D head_dim,
-V vocab_size.
+V vocab_size, N = B x T.
 """
 
 import argparse
@@ -187,8 +187,8 @@ def causal_attention(q, k, v, window, scale):
         1 1 1 1 1       . . 1 1 1
     """
     B, H, T, _ = q.shape
-    # pick_dtype takes bfloat16 on the GPUs that have the fastest kernels. The one of case 1 lets
-    # query heads share a key/value head; everywhere else each query head gets its own copy of it.
+    # Fast: bfloat16 on a GPU, see pick_dtype. Its kernel in case 1 below lets query heads share a
+    # key/value head; everywhere else each query head gets its own copy of it.
     fast = q.is_cuda and q.dtype == torch.bfloat16
     if not (fast and T <= window):
         k = k.repeat_interleave(H // k.size(1), dim=1)  # (B, H, T, D)
@@ -217,8 +217,8 @@ def causal_attention(q, k, v, window, scale):
         keys = slice(max(0, start - window), start + window)
         age = positions[queries, None] - positions[keys]  # of each key, seen from each query
         mask = (age >= 0) & (age < window)
-        block = (q[:, :, queries], k[:, :, keys], v[:, :, keys], mask)
-        blocks.append(F.scaled_dot_product_attention(*block, scale=scale))
+        inputs = (q[:, :, queries], k[:, :, keys], v[:, :, keys], mask)
+        blocks.append(F.scaled_dot_product_attention(*inputs, scale=scale))
     return torch.cat(blocks, dim=2)
 
 
@@ -313,7 +313,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of the logits x @ head.T. x (N, E), head (V, E), targets (N,)"""
 
     @staticmethod
-    def forward(ctx, x, head, targets, gradient_and_loss):  # of summed_cross_entropy
+    def forward(ctx, x, head, targets, gradient_and_loss):  # of summed_cross_entropy, see Gemma
         V = len(head)
         matrix = head.type_as(x)
         if x.is_cuda:  # whose matrix products are faster when their sides are multiples of 64
@@ -357,7 +357,7 @@ class Gemma(nn.Module):
         self.norm = RMSNorm(config.emb_dim, config.norm_eps)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
-        # A norm follows most, so their size only sets how fast they learn: small ones faster.
+        # A norm follows most matrices and undoes their scale: small ones only learn faster.
         for weight in self.parameters():
             if weight.ndim == 2:
                 nn.init.normal_(weight, std=0.005)
@@ -391,7 +391,7 @@ class Gemma(nn.Module):
             "full_attention": rope_table(positions, c.head_dim, c.rope_base),
         }
         x = self.embed_tokens(tokens)
-        # In the weights' own dtype, as in Gemma: 25.298, and for bfloat16 weights 25.25.
+        # The factor has the weights' dtype, as in Gemma: 25.298, and for bfloat16 weights 25.25.
         x = x * torch.tensor(c.emb_dim**0.5, dtype=x.dtype)
         # Under autocast the residual stream is bfloat16 too, which halves the memory to move. With
         # float16 it stays float32: Google's weights make it reach 1e5, and float16 ends at 65,504.
@@ -449,7 +449,7 @@ def load_data(folder):
 
 
 def count_blocks(n_tokens, block_size, bos):
-    """Blocks that cover the data. With bos each token is a target, without it all but the first."""
+    """Blocks of the data. With a start token (bos) all are targets, else all but the first."""
     targets = n_tokens - 1 if bos is None else n_tokens
     return math.ceil(targets / block_size)
 
@@ -511,7 +511,7 @@ def evaluate(model, data, config, bos, device, autocast, rank=0, world=1):
         with autocast:
             total += torch.stack((model(x, y) * targets, targets)).cpu()
     if world > 1:
-        dist.all_reduce(total)
+        dist.all_reduce(total)  # on the CPU, through gloo: see main
     return (total[0] / total[1]).item()
 
 
@@ -552,7 +552,7 @@ def load_checkpoint(path):
 
 # ---- Training ------------------------------------------------------------------------------------
 def say(line):
-    """Prints a line in the first process. An output that has gone must not end the run."""
+    """Prints a line in the first process. A closed terminal or pipe must not end the run."""
     if os.environ.get("RANK", "0") != "0":
         return
     try:
@@ -594,13 +594,13 @@ def pick_dtype(name, device):
 
 
 def prepare_model(model, config, device):
-    """Puts the model on its device; each weight gets a .grad that lasts. -> its optimizer"""
+    """Puts the model on its device. -> its optimizer, whose rate train sets"""
     model.to(device)
     model.checkpoint_activations = config.checkpoint_activations
     if config.compile or (config.compile is None and device.type == "cuda"):
         model.compile_parts()
     for weight in model.parameters():
-        weight.grad = torch.zeros_like(weight)
+        weight.grad = torch.zeros_like(weight)  # for good: see sums in train
     # Weight decay is for matrices: it would pull a norm's learned scale, 1 + weight, back to 1.
     matrices = [weight for weight in model.parameters() if weight.ndim >= 2]
     norms = [weight for weight in model.parameters() if weight.ndim < 2]
@@ -692,8 +692,8 @@ def train(config, model, train_data, val_data, meta, state=None):
     sums = [loss_sum, *(weight.grad for weight in model.parameters())]
     micro_batch = functools.partial(forward_backward, model, autocast, scaler, accum, loss_sum)
     if device.type == "cuda":
-        # A replay launches all kernels at once, those of backward() too. Recording adds to the
-        # sums, which each step sets to zero.
+        # A call copies x and y into place and launches all kernels, those of backward() too. The
+        # warm-up adds to the sums, which each step sets to zero.
         example = get_batch(train_data, [0] * config.batch_size, config.block_size, bos, device)
         micro_batch = torch.cuda.make_graphed_callables(micro_batch, example, num_warmup_iters=1)
     while True:
@@ -704,7 +704,7 @@ def train(config, model, train_data, val_data, meta, state=None):
         due = step == config.steps or iteration % config.eval_interval < accum
         validating = due and not validated
         if validating:
-            with torch.compiler.set_stance("force_eager"):  # another compilation is not worth it
+            with torch.compiler.set_stance("force_eager"):  # no gradients: it would compile anew
                 val_loss = evaluate(model, val_data, config, bos, device, autocast, rank, world)
             if not math.isfinite(val_loss):
                 raise UserError(f"val loss {val_loss} at step {step}; {config.out} stays as it is")

@@ -149,7 +149,7 @@ def run(data, tmp_path_factory):
         given.setdefault("out", tmp_path_factory.mktemp("run") / "out.pt")
         with mock.patch.object(torch.amp, "GradScaler", small_scale):
             gemma270m.main(flags(**given))
-        return torch.load(given["out"], weights_only=True)
+        return torch.load(given["out"])
 
     return run
 
@@ -339,7 +339,6 @@ def transformers_peer(c, seed):
 
 @given(config=shapes, T=st.integers(2, 40), seed=seeds)
 @example(config=toy_config(), T=40, seed=0)
-@example(config=toy_config(n_kv_groups=1, tie_embeddings=False), T=40, seed=0)
 def test_logits_and_gradients_are_those_of_transformers(config, T, seed):
     peer, model = transformers_peer(config, seed)
     tokens = some_tokens(2, T, seed)
@@ -1158,7 +1157,7 @@ def test_globs_and_several_files(tmp_path):
     assert prepared(tmp_path, *inputs, val_input=tmp_path / "c*.txt") == ["b", "c", "c"]
 
 
-BAD_ROWS = [None, 5, ["a"], "half a pair \ud800"]
+BAD_ROWS = [None, 5, "half a pair \ud800"]
 
 
 @given(st.lists(st.sampled_from([*BAD_ROWS, "good", "good too"]), min_size=1, max_size=8))
@@ -1272,8 +1271,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def answer(self, status, body, **headers):
         self.send_response(status)
-        headers = {"ETag": '"e"', "X-Repo-Commit": "0" * 40, **headers}
-        headers["Content-Length"] = len(body)
+        headers |= {"X-Repo-Commit": "0" * 40, "Content-Length": len(body)}
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
@@ -1285,7 +1283,7 @@ class Hub(BaseHTTPRequestHandler):
         self.server.asked.append(path)
         fault = self.server.fault
         name = path.partition("/resolve/main/")[2]
-        if fault.get("on", "") in path and fault.get("times", 0) > 0:
+        if fault.get("times", 0) > 0 and fault["on"] in path:
             fault["times"] -= 1
             time.sleep(fault.get("delay", 0))
             if fault.get("status"):
@@ -1522,7 +1520,7 @@ def test_greedy_text_is_that_of_generate_up_to_any_end_token(teller, tmp_path, c
         assert re.fullmatch(r"20 tokens, .+ tokens/s, 0 of 1 ended by end-of-text\n", err)
 
     end = tokens[len(start) + 6]
-    state = torch.load(teller, weights_only=True)
+    state = torch.load(teller)
     state["data"]["tokenizer_files"]["generation_config.json"] = f'{{"eos_token_id": [0, {end}]}}'
     gemma270m.save_checkpoint(tmp_path / "other.pt", state)
     out, err = tell(capsys, tmp_path / "other.pt", prompt="the cat\nsat", temperature=0)
@@ -1531,13 +1529,12 @@ def test_greedy_text_is_that_of_generate_up_to_any_end_token(teller, tmp_path, c
 
 
 def test_samples_of_a_batch_differ_and_repeat_with_their_seed(teller, capsys):
-    def texts(seed):
-        out = tell(capsys, teller, num_samples=3, seed=seed, top_k=0, prompt="the").out
-        return out.removesuffix("\n").split("\n---------------\n")
-
-    assert len(set(texts(1))) == 3
-    assert all(text.startswith("the") for text in texts(1))
-    assert texts(1) == texts(1) != texts(2)
+    given = {"num_samples": 3, "top_k": 0, "prompt": "the"}
+    one, again, other = (tell(capsys, teller, seed=seed, **given).out for seed in (1, 1, 2))
+    assert one == again != other
+    texts = one.removesuffix("\n").split("\n---------------\n")
+    assert len(set(texts)) == 3
+    assert all(text.startswith("the") for text in texts)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="this system knows no SIGPIPE")
@@ -1782,11 +1779,9 @@ UNUSABLE = (  # changes after which a folder is refused, and a part of the reaso
     ({WEIGHTS: POINTER}, "git-lfs"),
     ({WEIGHTS: None, "pytorch_model.bin": ""}, "pytorch_model.bin is not read"),
     ({WEIGHTS: None, INDEX: json.dumps({"weight_map": {NORM: SHARD}})}, SHARD),
-    ({WEIGHTS: None, INDEX: "{}"}, "weight_map"),
     ({"tokenizer.json": None}, "tokenizer.json"),
     *(({"chat_template.jinja": text}, "chat") for text in ("{% no %}", "{{ raise_exception() }}")),
     *(({TOKENIZER: text}, "token") for text in (None, "[]", '{"eos_token": "no"}')),
-    *(({CONFIG: {name: "8"}}, "cannot be loaded") for name in ("rope_parameters", "layer_types")),
 )
 
 
@@ -1884,8 +1879,8 @@ def test_an_exported_model_tells_the_same_in_transformers(exported, monkeypatch,
 def test_an_export_has_what_other_tools_read(exported):
     checkpoint, tokenizer, folder = exported
     names = (CONFIG, "generation_config.json", TOKENIZER, "tokenizer.json")
-    config, *others, words, backend = (json.loads((folder / name).read_text()) for name in names)
-    assert config["eos_token_id"] == others[0]["eos_token_id"] == tokenizer.end_tokens
+    config, generation, words, backend = (json.loads((folder / name).read_text()) for name in names)
+    assert config["eos_token_id"] == generation["eos_token_id"] == tokenizer.end_tokens
     assert words["model_max_length"] == config["max_position_embeddings"]
     assert "# license: to be chosen" in (folder / "README.md").read_text()
 
@@ -1934,10 +1929,10 @@ def test_the_commands_of_the_readme_run(gemma_folder, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     Path("more").mkdir()
     stories = [f"A story of {i} mice. The end." for i in range(120)]
-    for name in ("mine.txt", "start.txt", "more/a.txt"):
-        Path(name).write_text(END.join(stories))
+    for name in ("mine.txt", "start.txt", "more/a.jsonl.gz"):
+        write_documents(Path(name), stories)
     # A folder stands for the models on the hub, and a text file for TinyStories.
-    places = {"more/*.jsonl.gz": "more/a.txt", "FOLDER": "my-gemma"}
+    places = {"FOLDER": "my-gemma"}
     places |= dict.fromkeys(("google/gemma-3-270m", "google/gemma-3-270m-it"), str(gemma_folder))
     short = dict(device="cpu", max_iters=2, grad_accum=2, batch_size=1, block_size=64)
     blocks = "".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))

@@ -39,9 +39,9 @@ from unittest import mock
 from urllib.parse import unquote
 
 import numpy as np
-import pyarrow
 import pyarrow.parquet
 import pytest
+import tiktoken
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -62,7 +62,8 @@ import prepare
 import sample
 from gemma270m import Gemma, GemmaConfig, TrainConfig, UserError
 
-common = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.too_slow]}
+CHECKS = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+common = {"deadline": None, "database": None, "suppress_health_check": CHECKS}
 settings.register_profile("short", derandomize=True, max_examples=16, **common)
 settings.register_profile("long", max_examples=400, **common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
@@ -79,6 +80,7 @@ TOY = dict(SHAPE, preset="tiny", device="cpu", dtype="float32", batch_size=2, gr
            block_size=16, lr=1e-2, min_lr=1e-3, max_iters=12, warmup_iters=4, eval_interval=4,
            eval_tokens=80, log_interval=4)  # fmt: skip
 CPU = torch.device("cpu")
+PIPES = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 seeds = st.integers(0, 999)
 sizes = st.integers(1, 30)
 assert_equal = functools.partial(assert_close, rtol=0, atol=0)
@@ -147,7 +149,7 @@ def run(data, tmp_path_factory):
         given.setdefault("out", tmp_path_factory.mktemp("run") / "out.pt")
         with mock.patch.object(torch.amp, "GradScaler", small_scale):
             gemma270m.main(flags(**given))
-        return torch.load(given["out"], weights_only=True)
+        return torch.load(given["out"])
 
     return run
 
@@ -161,11 +163,17 @@ def whole(run):
 def refuses(program, argv, *words):
     """Asserts that main(argv) ends with one line about the mistake, which holds the words."""
     said = io.StringIO()
-    with pytest.raises((UserError, SystemExit)) as stopped, contextlib.redirect_stderr(said):
-        program.main(list(map(str, argv)))
-    # argparse prints the usage and then the line, and stops with a number.
-    line = said.getvalue().strip().rpartition("\n")[2] or str(stopped.value)
-    assert "\n" not in line and all(str(word) in line for word in words), line
+    reason = ""
+    with contextlib.redirect_stderr(said):
+        try:
+            assert program.main(list(map(str, argv))) == 1  # of prepare.py, which prints its line
+        except (UserError, SystemExit) as stopped:
+            reason = f"error: {stopped}"
+    # argparse prints the usage and then the line.
+    *usage, line = said.getvalue().splitlines() or [reason]
+    assert not usage or usage[0].startswith("usage: ")
+    assert "error: " in line and "\n" not in line
+    assert all(str(word) in line for word in words), line
 
 
 @st.composite
@@ -331,7 +339,6 @@ def transformers_peer(c, seed):
 
 @given(config=shapes, T=st.integers(2, 40), seed=seeds)
 @example(config=toy_config(), T=40, seed=0)
-@example(config=toy_config(n_kv_groups=1, tie_embeddings=False), T=40, seed=0)
 def test_logits_and_gradients_are_those_of_transformers(config, T, seed):
     peer, model = transformers_peer(config, seed)
     tokens = some_tokens(2, T, seed)
@@ -630,7 +637,6 @@ WRONG_PARTS = (
     ("model", "norm.weight", torch.zeros(32)),
     ("model", "more.weight", torch.zeros(1)),
     ("model_config", "emb_dims", 16),
-    ("train_config", "beta1", 1.0),
 )
 
 
@@ -851,14 +857,6 @@ def test_memory_and_open_files_stay_the_same_over_a_thousand_iterations(run):
     assert (pages[-1] - pages[1]) * resource.getpagesize() < 2**21
 
 
-def test_one_batch_can_be_learned_by_heart(run, tmp_path):
-    tokens = np.random.default_rng(0).integers(40, size=17)
-    sizes = dict(batch_size=1, grad_accum=1, max_iters=150, lr=2e-2, eval_interval=999)
-    state = run(data_dir=write_data(tmp_path, tokens, tokens), **sizes)
-    losses = column(state, "train_loss")
-    assert losses[-1] < 0.1 < 1 < losses[0]
-
-
 def test_log_lines_come_at_the_steps_after_each_multiple_and_make_a_table(run, tmp_path):
     sizes = dict(grad_accum=3, max_iters=20, eval_interval=7, log_interval=4)
     rows = run(**sizes, out=tmp_path / "o.csv")["rows"]
@@ -906,21 +904,29 @@ def test_any_number_of_processes_makes_the_updates_of_one(run, start, tmp_path, 
         run(**given)
 
 
-@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGHUP))
-def test_a_signal_to_torchrun_saves_though_nobody_reads_the_output(data, tmp_path, number):
-    out = tmp_path / "out.pt"
-    endless = dict(max_iters=10**6, grad_accum=4, eval_interval=10**6, data_dir=data, out=out)
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGHUP, signal.SIGKILL))
+def test_a_signal_ends_torchrun_and_the_run_resumes(run, data, tmp_path, number):
+    killed = number == signal.SIGKILL
+    given = {**TOY, "out": tmp_path / "out.pt", "grad_accum": 4, "data_dir": data}
+    endless = {**given, "max_iters": 10**6, "eval_interval": 4 if killed else 10**6}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [sys.executable, *torchrun, gemma270m.__file__, *flags(**{**TOY, **endless})]
+    command = [sys.executable, *torchrun, gemma270m.__file__, *flags(**endless)]
     pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     with subprocess.Popen(command, **pipe) as process:
-        next(line for line in process.stdout if "step 9 " in line)
-        process.stdout.close()
+        next(line for line in process.stdout if "step 12 " in line)
+        process.stdout.close()  # nobody reads it any more
         time.sleep(0.1)
-        process.send_signal(number)
+        target = process.pid
+        if killed:  # one worker, which cannot save; the checkpoint is that of a validation
+            children = subprocess.check_output(["pgrep", "-P", f"{target}", "-f", "gemma270m"])
+            target = int(children.split()[-1])
+        os.kill(target, number)
         process.wait(60)
     assert process.returncode == 1  # torchrun fails at any signal
-    assert torch.load(out)["step"] > 9
+    step = torch.load(given["out"])["step"]
+    assert step > 9
+    given |= {"resume": True, "max_iters": 4 * step + 8}
+    assert run(**given)["step"] == step + 2
 
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float16"))
@@ -1017,48 +1023,6 @@ def test_a_run_goes_on_with_other_data_only_if_they_are_named(run, tmp_path):
     refuses(gemma270m, flags(**given, data_dir=mine), "vocabulary")
 
 
-MISTAKES = """
---data_dir=nowhere                           no usable data in nowhere
---data_dir=short                             no usable data in short
---data_dir=beyond                            no usable data in beyond
---preset=finetune                            init.pt
---preset=1b                                  preset
---device=gpu                                 device gpu
---batch=2                                    --batch
---batch_size=2.5                             batch_size
---beta2=1                                    beta2
---lr=nan                                     lr cannot be nan
---seed=-1                                    seed cannot be -1
---context_length=2147483648                  context_length cannot be 2147483648
---max_iters=1                                max_iters 1
---n_kv_groups=3                              n_kv_groups 3
---head_dim=7                                 head_dim 7
---vocab_size=39                              vocab_size 39
---block_size=65                              65 tokens exceed the context of 64
---out=no/folder/out.pt                       no/folder
---out=data                                   data
---out=out.pt                                 out.pt exists --resume --overwrite
---resume --out=data/train.bin                train.bin
---resume --out=out.pt --emb_dim=24           shape
---resume --out=out.pt --data_dir=short       no usable data in short
---resume --out=out.pt --grad_accum=0         grad_accum
-"""
-
-
-@pytest.mark.parametrize("mistake", MISTAKES.strip().splitlines())
-def test_a_mistake_gives_one_line_and_changes_no_file(mistake, data, whole, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(data, "data")
-    write_data(Path("short"), range(40), [1])
-    write_data(Path("beyond"), range(40), range(41))
-    gemma270m.save_checkpoint("out.pt", whole)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    wrong, words = re.split(" {2,}", mistake)
-    argv = flags(**{**TOY, "out": "new.pt", "max_iters": 16})
-    refuses(gemma270m, [*argv, *wrong.split()], *words.split())
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-
-
 def test_help_shows_every_field_with_its_comment_and_default(capsys):
     with pytest.raises(SystemExit, match="0"):
         gemma270m.main(["--help"])
@@ -1080,17 +1044,11 @@ def test_a_mistake_and_ctrl_c_end_the_program_without_a_traceback(monkeypatch, t
         runpy.run_path(gemma270m.__file__, run_name="__main__")
 
 
-PREPARE = Path(prepare.__file__)
 END = prepare.END_OF_TEXT
-reuses_fixtures = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 # Text that UTF-8 can hold, rich in what splits words and documents.
-characters = st.one_of(
-    st.characters(exclude_categories=["Cs"]), st.sampled_from(" \n\t\r'<|endoftext|>ab1é中😀\xa0")
-)
-any_text = st.text(characters)
-# Line ends of Windows become newlines and a byte order mark in front is dropped, as tested apart.
-plain_text = any_text.map(lambda text: text.replace("\r\n", "\n").lstrip("\ufeff"))
+common_characters = st.sampled_from(" \n\t\r'<|endoftext|>ab1é中😀\x1c\xa0")
+any_text = st.text(st.characters(exclude_categories=["Cs"]) | common_characters)
 
 
 # ---- prepare.py ----------------------------------------------------------------------------------
@@ -1141,35 +1099,11 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in files}
 
 
-def prepare_refuses(capsys, argv, *parts):
-    """Asserts that prepare.py ends with one line about the mistake, which holds the parts."""
-    capsys.readouterr()
+def test_gpt2_gives_the_ids_of_tiktoken():
     try:
-        status = prepare.main(list(map(str, argv)))
-    except SystemExit as stopped:
-        status = stopped.code
-    (line,) = capsys.readouterr().err.splitlines()
-    assert status in (1, 2) and line.startswith("prepare.py: error: ")
-    assert all(str(part) in line for part in parts), line
-
-
-@pytest.fixture(scope="module")
-def learned():
-    stories = filter(None, itertools.islice(prepare.make_stories(), 600))
-    return prepare.learn_tokenizer(stories, 600)
-
-
-@pytest.fixture(scope="module")
-def gpt2():
-    try:
-        return prepare.load_tokenizer("gpt2")
+        gpt2 = prepare.load_tokenizer("gpt2")
     except ValueError as error:
         pytest.skip(str(error))
-
-
-def test_gpt2_gives_the_ids_of_tiktoken(gpt2):
-    import tiktoken
-
     reference = tiktoken.get_encoding("gpt2")
     assigned = (range(0xD800), range(0xE000, 0x33500), range(0xE0000, 0xE0200))
     codes = itertools.chain(*assigned, range(0x33500, 0x110000, 997))
@@ -1178,20 +1112,9 @@ def test_gpt2_gives_the_ids_of_tiktoken(gpt2):
             assert gpt2.encode(text) == reference.encode_ordinary(text)
 
 
-@given(any_text)
-@example("caf\udce9")
-def test_learned_words_give_every_text_back(learned, text):
-    ids = learned.encode(text)
-    assert learned.decode(ids) == text.replace("\udce9", "?")
-    assert max(ids, default=0) < learned.vocab_size == 600
-    assert not set(ids) & set(learned.end_tokens), "a marker in a text is ordinary text"
-    assert prepare.Tokenizer(learned.files).encode(text) == ids
-
-
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.xz", "a.jsonl", "a.json.gz", "a.parquet"])
 @given(st.lists(any_text, max_size=5), st.integers(3, 30))
 @example(["\ufeffone\r\ntwo\r\n", "three\rfour", " \n"], 3)
-@settings(reuses_fixtures, max_examples=15)
 def test_documents_come_out_as_they_went_in(tmp_path, monkeypatch, name, texts, chunk):
     def clean(text):
         return text.removeprefix("\ufeff").replace("\r\n", "\n")
@@ -1218,7 +1141,6 @@ def test_each_document_has_one_start_token(tmp_path, gemma_folder, length):
 
 
 @given(st.integers(1, 450), st.integers(1, 500))
-@settings(reuses_fixtures, max_examples=15)
 def test_the_last_hundredth_is_held_out(tmp_path, count, limit):
     texts = [f"story {i}" for i in range(count)]
     path = write_documents(tmp_path / "a.txt", texts)
@@ -1235,74 +1157,34 @@ def test_globs_and_several_files(tmp_path):
     assert prepared(tmp_path, *inputs, val_input=tmp_path / "c*.txt") == ["b", "c", "c"]
 
 
-BAD_ROWS = [None, 5, ["a"], "half a pair \ud800"]
+BAD_ROWS = [None, 5, "half a pair \ud800"]
 
 
 @given(st.lists(st.sampled_from([*BAD_ROWS, "good", "good too"]), min_size=1, max_size=8))
-@settings(reuses_fixtures, max_examples=15)
 def test_rows_without_text(tmp_path, capsys, rows):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     bad = [i for i, row in enumerate(rows, 1) if row in BAD_ROWS]
     if bad:
         argv = ["--input", path, "--tokenizer=257", "--out_dir", tmp_path / "none"]
-        prepare_refuses(capsys, argv, path, f"row {bad[0]}:", "--skip_bad")
+        refuses(prepare, argv, path, f"row {bad[0]}:", "--skip_bad")
     assume(len(bad) < len(rows))
     good = [row for row in rows if row not in BAD_ROWS]
     assert prepared(tmp_path, path, skip_bad=True) == good
-    assert (f"without text, skipped: {len(bad)}" in capsys.readouterr().out) == (len(bad) > 0)
+    assert (f"without text, skipped: {len(bad)}" in capsys.readouterr().out) == bool(bad)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.xz", "a.jsonl", "a.parquet"])
 @given(change=damages())
-@settings(reuses_fixtures, max_examples=10)
-def test_a_damaged_file_is_read_or_refused_in_one_line(tmp_path, capsys, name, change):
+def test_a_damaged_file_is_read_or_refused_in_one_line(tmp_path, name, change):
     path = write_documents(tmp_path / name, [f"{'A mouse went out. ' * 9}{i}" for i in range(9)])
     prepared(tmp_path, path)
     before = contents(tmp_path / "data")
     path.write_bytes(change(path.read_bytes()))
     argv = ["--input", path, "--tokenizer=257", "--out_dir", tmp_path / "data"]
     if prepare.main(list(map(str, argv))):
-        prepare_refuses(capsys, argv, name if path.stat().st_size else "")
+        refuses(prepare, argv, name if path.stat().st_size else "")
         assert contents(tmp_path / "data") == before
-
-
-REFUSED = [
-    ("--input none.txt", "none.txt"),
-    ("--input no*.txt", "no*.txt"),
-    ("--input utf16.txt", "UTF-16"),
-    ("--input latin1.txt", "UTF-8"),
-    ("--input empty.txt", "too little text"),
-    ("--input broken.jsonl", "broken.jsonl"),
-    ("--input other.parquet", "other.parquet"),
-    ("--input a.txt --val_input empty.txt", "too little text"),
-    ("--input a.txt --tokenizer 256", "257"),
-    ("--input a.txt --tokenizer gpt5", "no folder gpt5"),
-    ("--input a.txt --tokenizer ./mine/gpt2", "no folder ./mine/gpt2"),
-    ("--input a.txt --tokenizer folder/typo", "no folder folder/typo"),
-    ("--input a.txt --model folder", "tokenizer.json"),
-    ("--input a.txt --out_dir a.txt", "a.txt"),
-    ("--val_input a.txt", "--input"),
-    ("--model a --tokenizer b", "--tokenizer"),
-    ("--limit 0", "--limit"),
-    ("--lim 9", "--lim"),
-]
-
-
-@pytest.mark.parametrize("argv, part", REFUSED)
-def test_refused_in_one_line(tmp_path, monkeypatch, capsys, argv, part):
-    monkeypatch.chdir(tmp_path)
-    Path("folder").mkdir()
-    write_documents(Path("a.txt"), ["a story"])
-    Path("utf16.txt").write_bytes("a story".encode("utf-16"))
-    Path("latin1.txt").write_bytes("café".encode("latin-1"))
-    Path("empty.txt").write_bytes(b"\n \n")
-    Path("broken.jsonl").write_text('{"text": "a"}\n{"text": ')
-    pyarrow.parquet.write_table(pyarrow.table({"story": ["a"]}), "other.parquet")
-    before = contents(tmp_path)
-    words = [] if "-tokenizer" in argv or "--model" in argv else ["--tokenizer", "257"]
-    prepare_refuses(capsys, [*argv.split(), *words], part)
-    assert contents(tmp_path) == before and not Path("data").exists()
 
 
 def test_a_mistake_in_the_code_of_prepare_keeps_its_traceback(tmp_path, monkeypatch):
@@ -1321,15 +1203,13 @@ def test_new_data_replace_all_of_the_old(tmp_path):
     assert set(os.listdir(tmp_path / "data")) == names | {"tokenizer.json", TOKENIZER}
 
 
-def test_gpt2_out_of_reach_names_the_cures(tmp_path, monkeypatch, capsys):
-    def refuse(path, *args):
-        raise ConnectionError(f"cannot reach {path}")
-
+def test_gpt2_out_of_reach_names_the_cures(tmp_path, monkeypatch):
+    refuse = mock.Mock(side_effect=ConnectionError("no way there"))
     monkeypatch.setattr("tiktoken.load.read_file_cached", refuse)
     monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
     argv = ["--input", write_documents(tmp_path / "a.txt", ["a story"]), "--tokenizer", "gpt2"]
     name = "6d1cbeee0f20b3d9449abfede4726ed8212e3aee"  # SHA-1 of vocab.bpe's address
-    prepare_refuses(capsys, argv, "TIKTOKEN_CACHE_DIR", name, "--tokenizer 8192")
+    refuses(prepare, argv, "TIKTOKEN_CACHE_DIR", name, "--tokenizer 8192")
 
 
 def test_built_in_stories():
@@ -1343,16 +1223,17 @@ def test_built_in_stories():
         assert len(set(re.findall(r"named (\w+)", story))) == 1
 
 
-def start_prepare(folder, *argv, before="pass", **environment):
-    """prepare.py in a process of its own that writes to folder/data -> Popen"""
+def start_prepare(folder, *argv, before="", **environment):
+    """prepare.py, or its main after some code, in a process that writes to folder/data -> Popen"""
     code = f"import os, sys, prepare; {before}; status = prepare.main(sys.argv[1:])"
     code += "; sys.stdout.flush(); os._exit(status)"
-    quick = [] if "--tokenizer" in argv else ["--tokenizer", "300"]
-    command = [sys.executable, "-c", code, *map(str, argv), *quick, "--out_dir", folder / "data"]
+    program = ["-c", code] if before else [prepare.__file__]
+    program += ["--tokenizer", "300", "--out_dir", folder / "data"]
+    command = [sys.executable, *program, *map(str, argv)]
     cleared = {name: os.environ[name] for name in os.environ if not name.startswith("HF_")}
-    paths = {"PYTHONPATH": str(PREPARE.parent), "HF_HOME": str(folder / "hf")}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env={**cleared, **paths, **environment}, **pipes)
+    paths = {"PYTHONPATH": str(prepare.HERE), "HF_HOME": str(folder / "hf")}
+    environment = {**cleared, **paths, **environment}
+    return subprocess.Popen(command, env=environment, text=True, **PIPES)
 
 
 def finish_prepare(process):
@@ -1362,41 +1243,9 @@ def finish_prepare(process):
     return process.returncode, out, err
 
 
-def stop(process, number):
-    """Sends a signal and asserts that the process ends within two seconds, stopped."""
-    process.send_signal(number)
-    sent = time.monotonic()
-    assert finish_prepare(process)[0] == 130
-    assert time.monotonic() - sent < 2
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["learns", "writes"])
-def test_a_signal_ends_it_at_once_and_keeps_what_was_there(tmp_path, number, moment):
-    words = (f"mouse{i} " for i in itertools.count())
-    texts = ["".join(itertools.islice(words, 300)) for _ in range(2_000)]
-    path = write_documents(tmp_path / "a.txt", texts)
-    prepared(tmp_path, path, limit=9)
-    before = contents(tmp_path / "data")
-    name = "300" if moment == "learns" else tmp_path / "data"
-    argv = ["--input", *[path] * 20, "--tokenizer", name, "--out_dir", tmp_path / "data"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, PREPARE, *argv], **pipes)
-    assert process.stdout.readline().startswith("Documents: all")
-    while moment == "writes" and not (tmp_path / "data" / ".new" / "train.bin").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    time.sleep(0.5)
-    stop(process, number)
-    assert contents(tmp_path / "data") == before
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system tells no peak")
 def test_one_long_document_needs_little_memory(tmp_path):
-    with open(tmp_path / "a.txt", "w") as file:
-        for number in range(100_000):
-            blanks = " " * (number % 99)
-            file.write(f"A mouse met {number} cats and a dog in the old garden.{blanks}\n")
+    lines = (f"A mouse met {n} cats in the old garden.{' ' * (n % 99)}\n" for n in range(100_000))
+    (tmp_path / "a.txt").write_text("".join(lines))
     tell = "os._exit = lambda status: print(open('/proc/self/status').read(), flush=True)"
     argv = ["--input", tmp_path / "a.txt", "--limit", 1]
     status, out, _ = finish_prepare(start_prepare(tmp_path, *argv, before=tell))
@@ -1422,8 +1271,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def answer(self, status, body, **headers):
         self.send_response(status)
-        headers = {"ETag": '"e"', "X-Repo-Commit": "0" * 40, **headers}
-        headers["Content-Length"] = len(body)
+        headers |= {"X-Repo-Commit": "0" * 40, "Content-Length": len(body)}
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
@@ -1435,7 +1283,7 @@ class Hub(BaseHTTPRequestHandler):
         self.server.asked.append(path)
         fault = self.server.fault
         name = path.partition("/resolve/main/")[2]
-        if fault.get("on", "") in path and fault.get("times", 0) > 0:
+        if fault.get("times", 0) > 0 and fault["on"] in path:
             fault["times"] -= 1
             time.sleep(fault.get("delay", 0))
             if fault.get("status"):
@@ -1453,9 +1301,6 @@ class Hub(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def log_message(self, *args):
-        pass
-
 
 @pytest.fixture
 def hub():
@@ -1469,7 +1314,7 @@ def hub():
         sink = io.BytesIO()
         pyarrow.parquet.write_table(pyarrow.table({"text": stories}), sink, row_group_size=100)
         server.files[name] = sink.getvalue()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     server.url = f"http://127.0.0.1:{server.server_port}"
     yield server
     server.shutdown()
@@ -1479,17 +1324,17 @@ def hub():
 def ask(folder, url, *argv, **environment):
     """prepare.py against a hub, with short waits and shards -> exit status, output, errors"""
     short = "prepare.WAITS = (0.1, 0); prepare.FIRST_STORIES = 400"
-    return finish_prepare(
-        start_prepare(folder, *argv, before=short, HF_ENDPOINT=url, **environment)
-    )
+    process = start_prepare(folder, *argv, before=short, HF_ENDPOINT=url, **environment)
+    return finish_prepare(process)
 
 
 def test_tinystories_online_and_then_from_the_cache(tmp_path, hub):
     # An expired token is left out.
     status, out, _ = ask(tmp_path, hub.url, "--limit", 500, HF_TOKEN="hf_expired")
     assert status == 0
-    assert gemma270m.load_data(tmp_path / "data")[2]["source"] == "roneneldan/TinyStories"
+    _, _, meta = gemma270m.load_data(tmp_path / "data")
     assert documents_in(tmp_path) == STORIES[:500] + STORIES[800:]
+    assert meta["vocab_size"] == 300 and meta["source"] == prepare.TINYSTORIES
     assert f"python gemma270m.py --data_dir {tmp_path / 'data'}" in out
     before = contents(tmp_path / "data")
     # Without the hub, and by the user's will.
@@ -1521,24 +1366,24 @@ def test_made_up_stories_without_a_network(tmp_path, hub):
 
 
 PAGE = b"<html>Please log in to the network of this hotel</html>"
-API = "/api/datasets"
-FAULTS = {  # where, how often, the status that the hub gives, that of prepare.py, what it says
-    "503 once": (API, 1, 503, 0, "trying again"),
-    "429 on a shard": ("train-00000", 2, 429, 0, "429"),
-    "a slow answer": (API, 1, None, 0, ""),
-    "503": (API, 99, 503, 1, "503"),
-    "429": (API, 99, 429, 1, "so says the hub"),
-    "404": (API, 99, 404, 1, "check the name"),
-    "403": ("resolve", 99, 403, 1, "hf auth login"),
-    "a login page": ("/", 99, 200, 1, "login page"),
-    "a damaged shard": ("train-00000", 99, 200, 1, ""),
-}
+FAULTS = """ what, where, how often, the hub's status (0: none), that of prepare.py, what it says
+503 once            /api/datasets   1       503     0       trying again
+429 on a shard      train-00000     2       429     0       429
+a slow answer       /api/datasets   1       0       0       Documents
+503                 /api/datasets   99      503     1       503
+429                 /api/datasets   99      429     1       so says the hub
+404                 /api/datasets   99      404     1       check the name
+403                 resolve         99      403     1       hf auth login
+a login page        /               99      200     1       login page
+a damaged shard     train-00000     99      200     1       roneneldan
+"""
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_faults_of_the_hub_are_retried_or_refused(tmp_path, hub, name):
-    place, times, answer, expected, said = FAULTS[name]
-    hub.fault = {"on": place, "times": times, "status": answer, "delay": 2 * (answer is None)}
+@pytest.mark.parametrize("fault", FAULTS.splitlines()[1:])
+def test_faults_of_the_hub_are_retried_or_refused(tmp_path, hub, fault):
+    _, place, *numbers, said = re.split(" {2,}", fault)
+    times, answer, expected = map(int, numbers)
+    hub.fault = {"on": place, "times": times, "status": answer, "delay": 2 * (answer == 0)}
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "meta.json").write_text('{"source": "mine"}')
     before = contents(tmp_path / "data")
@@ -1551,14 +1396,30 @@ def test_faults_of_the_hub_are_retried_or_refused(tmp_path, hub, name):
         assert documents_in(tmp_path) == STORIES[:100] + STORIES[800:900]
 
 
-def test_ctrl_c_while_a_shard_comes_in(tmp_path, hub):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["downloads", "learns", "writes"])
+def test_a_signal_ends_it_at_once_and_keeps_what_was_there(tmp_path, hub, number, moment):
+    texts = [" ".join(f"mouse{300 * i + j}" for j in range(300)) for i in range(2_000)]
+    path = write_documents(tmp_path / "a.txt", texts)
+    prepared(tmp_path, write_documents(tmp_path / "short.txt", texts[:9]))
+    data = tmp_path / "data"
+    before = contents(data)
     hub.fault = {"on": "train-00000", "delay": 30, "times": 1}
-    process = start_prepare(tmp_path, "--limit", 100, HF_ENDPOINT=hub.url)
-    while not any("train-00000" in path for path in hub.asked):
+    long = ["--input", *[path] * 20]
+    argv, reached = {
+        "downloads": (["--limit", 100], lambda: "train-00000" in " ".join(hub.asked)),
+        "learns": (long, lambda: process.stdout.readline().startswith("Documents: all")),
+        "writes": ([*long, "--tokenizer", data], (data / ".new" / "train.bin").exists),
+    }[moment]
+    process = start_prepare(tmp_path, *argv, HF_ENDPOINT=hub.url)
+    while not reached():
         assert process.poll() is None
         time.sleep(0.01)
-    stop(process, signal.SIGINT)
-    assert not (tmp_path / "data").exists()
+    time.sleep(0.5)
+    process.send_signal(number)
+    process.wait(2)
+    assert finish_prepare(process)[0] == 130
+    assert contents(data) == before
     assert not list((tmp_path / "hf").rglob("*.incomplete"))
 
 
@@ -1626,21 +1487,15 @@ def teller(tmp_path_factory):
     return path
 
 
-TELLER = {"device": "cpu", "dtype": "float32", "max_new_tokens": 20}
-
-
 def tell(capsys, ckpt, **given):
     """What sample.py prints with these flags, in this process: (out, err)."""
     capsys.readouterr()
-    sample.main(flags(ckpt=ckpt, **{**TELLER, **given}))
+    usual = {"device": "cpu", "dtype": "float32", "max_new_tokens": 20}
+    sample.main(flags(ckpt=ckpt, **{**usual, **given}))
     return capsys.readouterr()
 
 
-letters = st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd\u2581")
-odd_text = st.text(letters | st.sampled_from(" \n\r\t'a<|endoftext|>\x1c\xa0"))
-
-
-@given(text=odd_text)
+@given(text=any_text.map(lambda text: text.replace("\ufffd", "")))
 @example("a<|endoftext|>b")
 def test_a_character_appears_as_soon_as_its_last_byte_is_there(teller, text):
     _, words, end_tokens = sample.load(str(teller))
@@ -1665,7 +1520,7 @@ def test_greedy_text_is_that_of_generate_up_to_any_end_token(teller, tmp_path, c
         assert re.fullmatch(r"20 tokens, .+ tokens/s, 0 of 1 ended by end-of-text\n", err)
 
     end = tokens[len(start) + 6]
-    state = torch.load(teller, weights_only=True)
+    state = torch.load(teller)
     state["data"]["tokenizer_files"]["generation_config.json"] = f'{{"eos_token_id": [0, {end}]}}'
     gemma270m.save_checkpoint(tmp_path / "other.pt", state)
     out, err = tell(capsys, tmp_path / "other.pt", prompt="the cat\nsat", temperature=0)
@@ -1674,13 +1529,12 @@ def test_greedy_text_is_that_of_generate_up_to_any_end_token(teller, tmp_path, c
 
 
 def test_samples_of_a_batch_differ_and_repeat_with_their_seed(teller, capsys):
-    def texts(seed):
-        out = tell(capsys, teller, num_samples=3, seed=seed, top_k=0, prompt="the").out
-        return out.removesuffix("\n").split("\n---------------\n")
-
-    assert len(set(texts(1))) == 3
-    assert all(text.startswith("the") for text in texts(1))
-    assert texts(1) == texts(1) != texts(2)
+    given = {"num_samples": 3, "top_k": 0, "prompt": "the"}
+    one, again, other = (tell(capsys, teller, seed=seed, **given).out for seed in (1, 1, 2))
+    assert one == again != other
+    texts = one.removesuffix("\n").split("\n---------------\n")
+    assert len(set(texts)) == 3
+    assert all(text.startswith("the") for text in texts)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="this system knows no SIGPIPE")
@@ -1690,8 +1544,7 @@ def test_as_a_process_it_needs_no_network_and_takes_what_output_there_is(teller,
         command = [sys.executable, sample.__file__, *flags(**given), "--prompt", prompt]
         environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": tmp_path, "TIKTOKEN_CACHE_DIR": tmp_path}
         environment = {**os.environ, **environment, "PYTHONIOENCODING": "cp1252"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": tmp_path}
-        return subprocess.Popen(command, env=environment, **pipes)
+        return subprocess.Popen(command, env=environment, cwd=tmp_path, **PIPES)
 
     closed = start("the cat", 2_000)
     assert closed.stdout.read(5) == b"the c"
@@ -1703,34 +1556,95 @@ def test_as_a_process_it_needs_no_network_and_takes_what_output_there_is(teller,
     assert re.fullmatch(rb"9 tokens, .+ tokens/s, .+\n", err)
 
 
-WRONG_SAMPLING = {
-    "num_samples": (0, "1.5"),
-    "max_new_tokens": (-3, "nan"),
-    "top_k": (-1, "1.5", "all"),
-    "top_p": (0, 1.1, math.nan),
-    "temperature": (-1, math.nan, math.inf, "1,5"),
-    "seed": ("1e3",),
-    "device": ("nowhere",),
-    "dtype": ("int8",),
-    "chat": ("no template",),
-    "prompt": ("FILE:nowhere", "FILE:.", "a" * 2_048),
-    "prom": ("no such flag",),
-    "ckpt": ("nowhere", "nowhere.pt", "no/where", "no/where/at/all", "."),
-}
+# ---- Mistakes at the three command lines ---------------------------------------------------------
+
+MISTAKES = """
+gemma270m --data_dir=nowhere                    no usable data in nowhere
+gemma270m --data_dir=short                      no usable data in short
+gemma270m --data_dir=beyond                     no usable data in beyond
+gemma270m --preset=finetune                     init.pt
+gemma270m --preset=1b                           preset
+gemma270m --device=gpu                          device gpu
+gemma270m --batch=2                             --batch
+gemma270m --batch_size=2.5                      batch_size
+gemma270m --beta2=1                             beta2
+gemma270m --lr=nan                              lr cannot be nan
+gemma270m --seed=-1                             seed cannot be -1
+gemma270m --context_length=2147483648           context_length cannot be 2147483648
+gemma270m --max_iters=1                         max_iters 1
+gemma270m --n_kv_groups=3                       n_kv_groups 3
+gemma270m --head_dim=7                          head_dim 7
+gemma270m --vocab_size=39                       vocab_size 39
+gemma270m --block_size=65                       65 tokens exceed the context of 64
+gemma270m --out=no/folder/out.pt                no/folder
+gemma270m --out=data                            data
+gemma270m --out=out.pt                          out.pt exists: --resume goes on with it, --overwrite
+gemma270m --resume --out=out.pt --emb_dim=24    shape
+gemma270m --resume --out=out.pt --grad_accum=0  grad_accum
+prepare --input none.txt                        none.txt
+prepare --input utf16.txt                       UTF-16
+prepare --input empty.txt                       too little text
+prepare --input other.parquet                   other.parquet
+prepare --input a.txt --val_input empty.txt     too little text
+prepare --input a.txt --tokenizer 256           257
+prepare --input a.txt --tokenizer gpt5          no folder gpt5
+prepare --input a.txt --tokenizer ./mine/gpt2   no folder ./mine/gpt2
+prepare --input a.txt --tokenizer folder/typo   no folder folder/typo
+prepare --input a.txt --model folder            tokenizer.json
+prepare --input a.txt --out_dir a.txt           a.txt
+prepare --val_input a.txt                       --input
+prepare --model a --tokenizer b                 --tokenizer
+prepare --limit 0                               --limit
+prepare --lim 9                                 --lim
+sample --num_samples=0                          num_samples
+sample --num_samples=1.5                        num_samples
+sample --max_new_tokens=-3                      max_new_tokens
+sample --prompt=FILE:long.txt                    do not fit into the context
+sample --top_k=-1                               top_k
+sample --top_p=0                                top_p
+sample --top_p=1.1                              top_p
+sample --top_p=nan                              top_p
+sample --temperature=-1                         temperature
+sample --temperature=nan                        temperature
+sample --temperature=inf                        temperature
+sample --device=nowhere                         device
+sample --dtype=int8                             dtype
+sample --chat=hello                             chat: this model has no chat template
+sample --prompt=FILE:nowhere                    prompt
+sample --prom=the                               prom
+sample --ckpt=nowhere.pt                        nowhere.pt
+sample --ckpt=no/where                          no/where
+sample --ckpt=old.pt                            old.pt holds no tokenizer
+"""
 
 
-@pytest.mark.parametrize("name", WRONG_SAMPLING)
-def test_a_wrong_flag_of_sample_is_refused_before_anything_is_said(name, teller, capsys):
-    for value in WRONG_SAMPLING[name]:
-        word = value if name == "ckpt" else name
-        refuses(sample, flags(**{"ckpt": teller, "prompt": "the", name: value}), word)
-        assert capsys.readouterr().out == ""
-
-
-def test_a_checkpoint_without_a_tokenizer_is_refused(teller, tmp_path):
-    state = torch.load(teller, weights_only=True)
-    gemma270m.save_checkpoint(tmp_path / "out.pt", {**state, "data": {"tokenizer": "gpt2"}})
-    refuses(sample, ["--ckpt", tmp_path / "out.pt"], "out.pt", "tokenizer")
+@pytest.mark.parametrize("mistake", MISTAKES.strip().splitlines())
+def test_a_mistake_gives_one_line_and_changes_no_file(
+    mistake, data, whole, teller, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(data, "data")
+    write_data(Path("short"), range(40), [1])
+    write_data(Path("beyond"), range(40), range(41))
+    gemma270m.save_checkpoint("out.pt", whole)
+    gemma270m.save_checkpoint("old.pt", {**whole, "data": {"tokenizer": "gpt2"}})
+    Path("folder").mkdir()
+    write_documents(Path("a.txt"), ["a story"])
+    Path("utf16.txt").write_bytes("a story".encode("utf-16"))
+    Path("empty.txt").write_bytes(b"\n \n")
+    Path("long.txt").write_text("a" * 2_048)
+    pyarrow.parquet.write_table(pyarrow.table({"story": ["a"]}), "other.parquet")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    usual = {
+        "gemma270m": flags(**TOY, out="new.pt"),
+        "prepare": ["--out_dir=new"],
+        "sample": flags(ckpt=teller, prompt="the"),
+    }
+    wrong, words = re.split(" {2,}", mistake)
+    name, *argv = wrong.split()
+    refuses(sys.modules[name], [*usual[name], *argv], words)
+    assert name != "sample" or not capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 # ---- Folders of transformers ---------------------------------------------------------------------
@@ -1769,9 +1683,7 @@ def gemma_folder(tmp_path_factory):
 @few
 @given(config=shapes, dtype=st.sampled_from(("float32", "bfloat16")), seed=seeds,
        shard=st.sampled_from(("5GB", "9KB")))  # fmt: skip
-def test_a_model_survives_the_way_from_transformers_and_back(
-    tmp_path_factory, config, dtype, seed, shard
-):
+def test_a_model_survives_the_way_there_and_back(tmp_path_factory, config, dtype, seed, shard):
     folder = tmp_path_factory.mktemp("theirs")
     tokenizer, rows = gemma_tokenizer()
     peer, expected = transformers_peer(replace(config, vocab_size=rows), seed)
@@ -1836,18 +1748,27 @@ SAME = (  # changes after which a folder means the same
     {CONFIG: {"rope_scaling": {"rope_type": "default"}, "tie_word_embeddings": ...}},
     {INDEX: json.dumps({"weight_map": {NORM: "of-another-time.safetensors"}})},
     {WEIGHTS: with_head},
+    {"chat_template.jinja": None, TOKENIZER: {"chat_template": CHAT_TEMPLATE}},
 )  # fmt: skip
-OTHER_CONFIGS = {
-    "model_type": "gemma2", "attention_bias": True, "final_logit_softcapping": 30.0,
-    "attn_logit_softcapping": 50.0, "hidden_activation": "silu", "head_dim": "8",
-    "use_bidirectional_attention": True, "quantization_config": {"quant_method": "fp8"},
-    "layer_types": ["full_attention", *["sliding_attention"] * 2], "hidden_size": ...,
-    "sliding_window": None, "vocab_size": 99,
-}  # fmt: skip
-OTHER_WEIGHTS = (..., torch.zeros(3), torch.full((16,), math.nan), torch.zeros(16).int(),
-                 torch.zeros(16).to(torch.float8_e4m3fn))  # fmt: skip
+IMPLEMENTED = """model_type attention_bias attn_logit_softcapping final_logit_softcapping
+hidden_activation use_bidirectional_attention quantization_config""".split()
+OTHER_SHAPES = {
+    "head_dim": "8",
+    "hidden_size": ...,
+    "layer_types": ["full_attention", *["sliding_attention"] * 2],
+    "sliding_window": None,
+    "vocab_size": 99,
+}
+OTHER_WEIGHTS = (
+    ...,
+    torch.zeros(3),
+    torch.full((16,), math.nan),
+    torch.zeros(16).int(),
+    torch.zeros(16).to(torch.float8_e4m3fn),
+)
 UNUSABLE = (  # changes after which a folder is refused, and a part of the reason
-    *(({CONFIG: {name: value}}, name) for name, value in OTHER_CONFIGS.items()),
+    *(({CONFIG: {name: "other"}}, name) for name in IMPLEMENTED),
+    *(({CONFIG: {name: value}}, name) for name, value in OTHER_SHAPES.items()),
     *(({CONFIG: {f"rope_{name}": LINEAR}}, "rope_type") for name in ("scaling", "parameters")),
     ({CONFIG: {"num_attention_heads": 0}}, "n_heads"),
     ({CONFIG: '{"model_type": "gemma3", "text_config": {}}'}, "multimodal"),
@@ -1858,11 +1779,9 @@ UNUSABLE = (  # changes after which a folder is refused, and a part of the reaso
     ({WEIGHTS: POINTER}, "git-lfs"),
     ({WEIGHTS: None, "pytorch_model.bin": ""}, "pytorch_model.bin is not read"),
     ({WEIGHTS: None, INDEX: json.dumps({"weight_map": {NORM: SHARD}})}, SHARD),
-    ({WEIGHTS: None, INDEX: "{}"}, "weight_map"),
     ({"tokenizer.json": None}, "tokenizer.json"),
     *(({"chat_template.jinja": text}, "chat") for text in ("{% no %}", "{{ raise_exception() }}")),
-    *(({TOKENIZER: text}, "token") for text in (None, "[]", '{"eos_token": "no"}')),
-    *(({CONFIG: {name: "8"}}, "cannot be loaded") for name in ("rope_parameters", "layer_types")),
+    *(({TOKENIZER: text}, "token") for text in (None, '{"eos_token": "no"}')),
 )
 
 
@@ -1872,31 +1791,25 @@ def test_a_folder_is_read_or_refused_with_its_reason(gemma_folder, tmp_path, cha
     if reason is not None:
         refuses(sample, ["--ckpt", folder, "--chat=hi"], reason, "" if reason == "chat" else folder)
     else:
-        config, weights, _ = prepare.read_model(str(folder))
+        config, weights, tokenizer = prepare.read_model(str(folder))
         expected = prepare.read_model(str(gemma_folder))
         assert config == expected[0]
         assert_equal(weights, expected[1])
+        assert sample.chat_tokens(tokenizer, "hi") == sample.chat_tokens(expected[2], "hi")
 
 
-all_files = st.sampled_from((CONFIG, WEIGHTS, "tokenizer.json", TOKENIZER))
-
-
-@given(change=st.tuples(all_files, damages()))
-def test_a_damaged_folder_tells_or_is_refused_in_one_line(gemma_folder, tmp_path_factory, change):
-    folder = changed(gemma_folder, dict([change]), tmp_path_factory.mktemp("damaged"))
+@pytest.mark.parametrize("name", (CONFIG, WEIGHTS, "tokenizer.json", TOKENIZER))
+@few
+@given(damage=damages())
+def test_a_damaged_folder_tells_or_is_refused(gemma_folder, tmp_path_factory, name, damage):
+    folder = changed(gemma_folder, {name: damage}, tmp_path_factory.mktemp("damaged"))
     try:
-        sample.main(flags(ckpt=folder, prompt="the", **{**TELLER, "max_new_tokens": 3}))
+        sample.main(flags(ckpt=folder, prompt="the", device="cpu", max_new_tokens=3))
     except UserError as error:
         assert str(folder) in str(error) and "\n" not in str(error)
 
 
-@pytest.mark.parametrize("place", ("chat_template.jinja", TOKENIZER))
-def test_a_chat_has_the_tokens_and_the_answer_of_transformers(
-    gemma_folder, tmp_path, capsys, place
-):
-    if place == TOKENIZER:
-        move = {"chat_template.jinja": None, TOKENIZER: {"chat_template": CHAT_TEMPLATE}}
-        gemma_folder = changed(gemma_folder, move, tmp_path)
+def test_a_chat_has_the_tokens_and_the_answer_of_transformers(gemma_folder, capsys):
     _, tokenizer, _ = sample.load(str(gemma_folder))
     peer = AutoTokenizer.from_pretrained(gemma_folder)
     for question in ("the cat", " <end_of_turn>\n the", "日本 {{ 1 }}"):
@@ -1914,15 +1827,14 @@ def test_a_chat_has_the_tokens_and_the_answer_of_transformers(
 def tuned(gemma_folder, tmp_path_factory):
     """The checkpoint of a folder's model after some steps on other text."""
     place = tmp_path_factory.mktemp("tuned")
-    (place / "mine.txt").write_text(prepare.END_OF_TEXT.join(["the the an. " * 9] * 60))
+    (place / "mine.txt").write_text(END.join(["the the an. " * 9] * 60))
     given = {"input": place / "mine.txt", "model": gemma_folder, "out_dir": place / "data"}
     assert prepare.main(flags(**given)) == 0
-    given = {"data_dir": place / "data", "out": place / "out.pt", "device": "cpu", "lr": 1e-2}
-    gemma270m.main(flags(**given, dtype="float32", block_size=32, max_iters=80, warmup_iters=8))
+    given = {"data_dir": place / "data", "out": place / "out.pt", "device": "cpu", "lr": 2e-2}
+    gemma270m.main(flags(**given, dtype="float32", block_size=32, max_iters=150, grad_accum=1))
     shutil.rmtree(place / "data")
-    rows = torch.load(place / "out.pt", weights_only=True)["rows"]
-    losses = [row["val_loss"] for row in rows if "val_loss" in row]
-    assert losses[-1] < losses[0] - 1
+    losses = column(torch.load(place / "out.pt"), "train_loss")
+    assert losses[-1] < 0.1 < 1 < losses[0]  # it knows the text by heart
     return place / "out.pt"
 
 
@@ -1935,14 +1847,20 @@ def exported(request, tmp_path_factory):
     return checkpoint, sample.load(str(checkpoint))[1], folder
 
 
-@given(text=odd_text | st.text("abcdehnt. \n"))
+@given(text=any_text | st.text("abcdehnt. \n"))
 @example("  the\n\n   an")
-def test_the_tokens_of_a_text_are_those_of_transformers(exported, text):
+@example("caf\udce9")
+def test_every_text_has_the_tokens_of_transformers_and_comes_back(exported, text):
     _, tokenizer, folder = exported
-    start = [] if tokenizer.bos_token is None else [tokenizer.bos_token]
     tokens = tokenizer.encode(text)
+    text = text.replace("\udce9", "?")
+    learned = tokenizer.bos_token is None
+    start = [] if learned else [tokenizer.bos_token]
     assert AutoTokenizer.from_pretrained(folder)(text)["input_ids"] == start + tokens
-    assert tokenizer.decode(tokens) == text
+    assert max(tokens, default=0) < tokenizer.vocab_size
+    assert not set(tokens) & set(tokenizer.end_tokens)
+    # Gemma's tokenizer writes a blank as U+2581.
+    assert tokenizer.decode(tokens) == (text if learned else text.replace("\u2581", " "))
 
 
 def test_an_exported_model_tells_the_same_in_transformers(exported, monkeypatch, capsys, caplog):
@@ -1950,10 +1868,10 @@ def test_an_exported_model_tells_the_same_in_transformers(exported, monkeypatch,
     checkpoint, tokenizer, folder = exported
     told = tell(capsys, checkpoint, prompt="the", temperature=0).out
     assert tell(capsys, folder, prompt="the", temperature=0).out == told
-    start = prepare.END_OF_TEXT if tokenizer.bos_token is None else ""
+    start = END if tokenizer.bos_token is None else ""
     continues = pipeline("text-generation", str(folder))
     (answer,) = continues(start + "the", max_new_tokens=20, do_sample=False)
-    text = answer["generated_text"].removeprefix(start).removesuffix(prepare.END_OF_TEXT)
+    text = answer["generated_text"].removeprefix(start).removesuffix(END)
     assert text + "\n" == told
     assert not caplog.records
 
@@ -1961,8 +1879,8 @@ def test_an_exported_model_tells_the_same_in_transformers(exported, monkeypatch,
 def test_an_export_has_what_other_tools_read(exported):
     checkpoint, tokenizer, folder = exported
     names = (CONFIG, "generation_config.json", TOKENIZER, "tokenizer.json")
-    config, *others, words, backend = (json.loads((folder / name).read_text()) for name in names)
-    assert config["eos_token_id"] == others[0]["eos_token_id"] == tokenizer.end_tokens
+    config, generation, words, backend = (json.loads((folder / name).read_text()) for name in names)
+    assert config["eos_token_id"] == generation["eos_token_id"] == tokenizer.end_tokens
     assert words["model_max_length"] == config["max_position_embeddings"]
     assert "# license: to be chosen" in (folder / "README.md").read_text()
 
@@ -1978,7 +1896,6 @@ def test_an_export_has_what_other_tools_read(exported):
         assert (folder / "chat_template.jinja").read_text() == CHAT_TEMPLATE
         assert tokenizer.end_tokens == [1, 6]
         lacks = "tokenizer.model"
-    assert sample.load(str(folder))[1].bos_token == tokenizer.bos_token
     usual = toy_config(full_attention_every=6)
     (line,) = sample.llama_cpp_warnings(usual, tokenizer)
     assert lacks in line
@@ -2012,10 +1929,10 @@ def test_the_commands_of_the_readme_run(gemma_folder, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     Path("more").mkdir()
     stories = [f"A story of {i} mice. The end." for i in range(120)]
-    for name in ("mine.txt", "start.txt", "more/a.txt"):
-        Path(name).write_text(prepare.END_OF_TEXT.join(stories))
+    for name in ("mine.txt", "start.txt", "more/a.jsonl.gz"):
+        write_documents(Path(name), stories)
     # A folder stands for the models on the hub, and a text file for TinyStories.
-    places = {"more/*.jsonl.gz": "more/a.txt", "FOLDER": "my-gemma"}
+    places = {"FOLDER": "my-gemma"}
     places |= dict.fromkeys(("google/gemma-3-270m", "google/gemma-3-270m-it"), str(gemma_folder))
     short = dict(device="cpu", max_iters=2, grad_accum=2, batch_size=1, block_size=64)
     blocks = "".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))

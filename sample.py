@@ -346,7 +346,7 @@ def sample(args, model, tokenizer, end_tokens):
         speed = f", {rate:,.0f} tokens/s"
     rests = [text.finish() for text in texts]
     contents = [args.prompt + text.content for text in texts]
-    print(rests[0] if alone else "\n---------------\n".join(contents))
+    print(rests[0] if alone else "\n---------------\n".join(contents), flush=True)
     ended = f"{sum(text.ended for text in texts)} of {len(texts)} ended by end-of-text"
     print(f"{made * len(texts):,} tokens{speed}, {ended}", file=sys.stderr)
 

@@ -117,9 +117,8 @@ def stream(
 ):  # fmt: skip
     """Yields (B,) tokens that continue tokens (B, T), one position at a time, with an exact cache.
 
-    Rows have equal length and no padding. Ends after max_new_tokens, or when every row has produced
-    one of stop_tokens; a row that has done so repeats the first of them until the others have.
-    Raises UserError if the tokens do not fit into the context or a value is out of range.
+    Rows have equal length and no padding. Ends after max_new_tokens, or once each row has made one
+    of stop_tokens; till then a row repeats the first of them. UserError if a value is out of range.
     """
     B, T = tokens.shape
     if T < 1 or max_new_tokens < 1 or T + max_new_tokens > model.config.context_length:
@@ -327,11 +326,10 @@ def sample(args, model, tokenizer, end_tokens):
     generator.manual_seed(generator.seed() if args.seed is None else args.seed % 2**63)
     tokens = torch.tensor([start] * args.num_samples, device=device)
     choice = (args.temperature, args.top_k, args.top_p, end_tokens, generator)
-
     texts = [Text(tokenizer) for _ in tokens]
     alone = len(texts) == 1
     made = 0
-    speed = ""
+    began = time.perf_counter()
     # In float16 autocast keeps the residual stream in float32.
     with torch.autocast(device.type, dtype, enabled=dtype == torch.float16, cache_enabled=False):
         for new in stream(model, tokens, room, *choice):
@@ -341,18 +339,16 @@ def sample(args, model, tokenizer, end_tokens):
                 print(args.prompt if made == 1 else "", shown[0], sep="", end="", flush=True)
             if made == 2:  # what the prompt and the recording took is not decoding
                 began = time.perf_counter()
-    if made > 2:
-        rate = (made - 2) * len(texts) / (time.perf_counter() - began)
-        speed = f", {rate:,.0f} tokens/s"
+    speed = max(0, made - 2) * len(texts) / (time.perf_counter() - began)
     rests = [text.finish() for text in texts]
     contents = [args.prompt + text.content for text in texts]
     print(rests[0] if alone else "\n---------------\n".join(contents), flush=True)
     ended = f"{sum(text.ended for text in texts)} of {len(texts)} ended by end-of-text"
-    print(f"{made * len(texts):,} tokens{speed}, {ended}", file=sys.stderr)
+    print(f"{made * len(texts):,} tokens, {speed:,.0f} tokens/s, {ended}", file=sys.stderr)
 
 
-def main(argv=None):
-    """The command line. Raises UserError for what cannot be done."""
+def parse_flags(argv):
+    """-> the flags with their values; ends the program if one is wrong"""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     flag = functools.partial(parser.add_argument, metavar="")
@@ -372,6 +368,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.num_samples < 1 or args.max_new_tokens < 1:
         parser.error("num_samples and max_new_tokens must be at least 1")
+    return args
+
+
+def main(argv=None):
+    """The command line. Raises UserError for what cannot be done."""
+    args = parse_flags(argv)
     args.prompt = read_text("prompt", args.prompt)
     if args.chat is not None:
         args.prompt = ""
@@ -387,10 +389,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    # A character that the terminal does not know is replaced.
-    sys.stdout.reconfigure(errors="replace")
-    if hasattr(signal, "SIGPIPE"):
-        # A closed pipe ends the program in silence, as it ends other tools.
+    sys.stdout.reconfigure(errors="replace")  # for a terminal that lacks a character
+    if hasattr(signal, "SIGPIPE"):  # a closed pipe ends it in silence, as it ends other tools
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         main()

@@ -279,6 +279,8 @@ def ask_hub(function, repo, **options):
             break
         print(f"{reason}: trying again in {wait} s", flush=True)
         time.sleep(wait)
+    if isinstance(causes[0], OSError) and not passing:
+        raise reason from causes[0]  # not the hub's fault: a full disk, or offline by wish
     cure = "wait some minutes and run this again; or does a login page of the network answer?"
     if status in (401, 403, 404):
         page = f"{constants.ENDPOINT}/{repo}"

@@ -70,6 +70,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 few = settings(max_examples=settings().max_examples // 3)  # for properties that take long
 torch.set_num_threads(1)  # the models here are too small to share out
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 
 # ---- What the parts share ------------------------------------------------------------------------
 

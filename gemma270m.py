@@ -448,12 +448,6 @@ def load_data(folder):
     return train, val, meta
 
 
-def count_blocks(n_tokens, block_size, bos):
-    """Blocks of the data. With a start token (bos) all are targets, else all but the first."""
-    targets = n_tokens - 1 if bos is None else n_tokens
-    return math.ceil(targets / block_size)
-
-
 @functools.lru_cache(maxsize=2)  # a micro-batch may reach into the next epoch
 def block_order(n_blocks, seed, epoch):
     """The order in which an epoch visits the blocks of the training data."""
@@ -500,7 +494,7 @@ def learning_rate(config, step):
 @torch.no_grad()
 def evaluate(model, data, config, bos, device, autocast, rank=0, world=1):
     """Mean loss over eval_tokens of data, the same ones whatever the batch size or processes."""
-    n_blocks = count_blocks(len(data), config.block_size, bos)
+    n_blocks = math.ceil(len(data) / config.block_size)
     wanted = min(n_blocks, math.ceil(config.eval_tokens / config.block_size))
     spread = np.linspace(0, n_blocks, wanted, endpoint=False, dtype=int)
     total = torch.zeros(2, dtype=torch.float64)  # of the losses, of the targets
@@ -527,10 +521,6 @@ def save_checkpoint(path, state):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the new name is on the disk once its folder is
-        folder = os.open(temporary.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
 
 
 def load_checkpoint(path):
@@ -670,7 +660,7 @@ def train(config, model, train_data, val_data, meta, state=None):
     device = pick_device(config.device)
     accum = config.grad_accum
     bos = meta["bos_token"]
-    n_blocks = count_blocks(len(train_data), config.block_size, bos)
+    n_blocks = math.ceil(len(train_data) / config.block_size)
     dtype = pick_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

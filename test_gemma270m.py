@@ -529,7 +529,7 @@ def test_every_token_is_a_target_once_an_epoch(length, block_size, document, bos
         tokens[::document] = bos
         # A start token that begins a block is only seen.
         expected = [token for i, token in enumerate(tokens) if token != bos or i % block_size > 0]
-    blocks = range(gemma270m.count_blocks(length, block_size, bos))
+    blocks = range(math.ceil(length / block_size))
     x, y = gemma270m.get_batch(tokens, blocks, block_size, bos, CPU)
     assert y[y >= 0].tolist() == expected
     assert torch.equal(x[:, 1:], y[:, :-1].clamp(min=0))
@@ -567,7 +567,7 @@ def test_validation_is_the_same_for_any_batch_size(tokens, block_size, eval_toke
     one_by_one = gemma270m.evaluate(model, tokens, replace(config, batch_size=1), *how)
     assert one_by_one == pytest.approx(loss, rel=1e-5)
     if eval_tokens >= len(tokens):  # then all of them count
-        blocks = range(gemma270m.count_blocks(len(tokens), block_size, bos))
+        blocks = range(math.ceil(len(tokens) / block_size))
         x, y = gemma270m.get_batch(tokens, blocks, block_size, bos, CPU)
         assert loss == pytest.approx(model(x, y).item(), rel=1e-5)
 
@@ -586,7 +586,7 @@ def assert_same_run(got, expected):
         assert column(got, name) == column(expected, name)
 
 
-def test_a_checkpoint_reaches_the_disk_before_its_name_and_then_the_folder_does(tmp_path):
+def test_a_checkpoint_reaches_the_disk_before_its_name_does(tmp_path):
     out = tmp_path / "o.pt"
     seen = []
 
@@ -596,7 +596,7 @@ def test_a_checkpoint_reaches_the_disk_before_its_name_and_then_the_folder_does(
 
     with mock.patch.object(os, "fsync", fsync):
         gemma270m.save_checkpoint(out, {"step": 1})
-    assert seen == [("o.pt.tmp", False), (tmp_path.name, True)]
+    assert seen == [("o.pt.tmp", False)]
 
 
 class Malice:

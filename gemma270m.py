@@ -372,10 +372,10 @@ class Gemma(nn.Module):
         """Trainable numbers; those of a tied head count once."""
         return sum(weight.numel() for weight in self.parameters())
 
-    def compile_parts(self):
+    def compile_parts(self, options=None):
         """Compiles what repeats: about as fast as torch.compile(model), and ready much sooner."""
         for block in self.layers:
-            block.compile(dynamic=False)
+            block.compile(dynamic=False, options=options)
         self.gradient_and_loss = torch.compile(self.gradient_and_loss, dynamic=False)
 
     def features(self, tokens, start=0, attends=None):

@@ -7,6 +7,7 @@ python sample.py --ckpt out.pt --export FOLDER                  # for transforme
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 from gemma270m import Gemma, UserError, causal_attention, load_checkpoint, pick_device, pick_dtype
 from prepare import FIELDS, Tokenizer, read_model
@@ -73,17 +75,44 @@ class KVCache:
             self.layers.append(LayerCache(self.length, shape, model.head))
 
 
+class InHalves(TorchFunctionMode):
+    """Computes F.linear as a batch of two products, of the two halves of the weight's rows.
+
+    For a few rows of float32 on a CPU, which reads a weight in this way up to three times as fast:
+    PyTorch leaves the product with a single row to one core.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not F.linear:
+            return function(*args, **(kwargs or {}))
+        x, weight = args[:2]
+        columns = x.flatten(0, -2).T  # (in, rows)
+        half = len(weight) // 2
+        halves = weight[: 2 * half].unflatten(0, (2, half))  # (2, out / 2, in)
+        y = torch.bmm(halves, columns.expand(2, -1, -1)).flatten(0, 1)  # (out, rows)
+        rest = weight[2 * half :]  # of an odd number of rows the last one
+        return torch.cat((y, rest @ columns)).T.unflatten(0, x.shape[:-1])
+
+
 def predict(model, cache, tokens):
     """The logits (B, V) of the token that follows tokens (B, T), which join the cache.
 
     The first call takes the prompt, each other one a single token.
     """
+    rows = tokens.numel()
+    head = model.head
+    in_halves = head.device.type == "cpu" and head.dtype == torch.float32 and rows <= 4
+    split = InHalves() if in_halves else contextlib.nullcontext()
     # On a CPU, oneDNN is slow with a single row; its other settings stay as they are.
-    with torch.backends.mkldnn.flags(tokens.numel() > 1, None, None, None):
+    with torch.backends.mkldnn.flags(rows > 1, None, None, None), split:
         x = model.features(tokens, cache.length, cache.layers)
-        logits = F.linear(x[:, -1], model.head)
+        logits = F.linear(x[:, -1], head)
     cache.length += tokens.size(1)
     return logits.float()
+
+
+# With these options torch.compile makes a token in three quarters of the time on a GPU.
+DECODING = {"coordinate_descent_tuning": True, "combo_kernels": True}
 
 
 # ---- Generation ----------------------------------------------------------------------------------
@@ -320,8 +349,6 @@ def sample(args, model, tokenizer, end_tokens):
     if device.type == "cpu" and model.num_parameters() < 20_000_000:
         torch.set_num_threads(1)  # a second thread would only wait for the first
     model.to(device, dtype)
-    if args.compile:
-        model.compile_parts()
     generator = torch.Generator(device)
     generator.manual_seed(generator.seed() if args.seed is None else args.seed % 2**63)
     tokens = torch.tensor([start] * args.num_samples, device=device)
@@ -334,6 +361,8 @@ def sample(args, model, tokenizer, end_tokens):
     with torch.autocast(device.type, dtype, enabled=dtype == torch.float16, cache_enabled=False):
         for new in stream(model, tokens, room, *choice):
             made += 1
+            if made == 1 and args.compile:  # not before: the prompt has another shape
+                model.compile_parts(DECODING)
             shown = [text.add(token) for text, token in zip(texts, new.tolist())]
             if alone:
                 print(args.prompt if made == 1 else "", shown[0], sep="", end="", flush=True)

@@ -318,7 +318,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         matrix = head.type_as(x)
         if x.is_cuda:  # whose matrix products are faster when their sides are multiples of 64
             matrix = F.pad(matrix, (0, 0, 0, -V % 64))
-        head_grad = torch.zeros_like(matrix, dtype=torch.float32)
+        head_grad = None
         x_grads = []
         total = 0.0
         # 4,096 rows keep a GPU busy; with more than 65,536 words LOGITS_AT_ONCE allows fewer.
@@ -328,7 +328,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if ctx.needs_input_grad[0]:  # that is, in training
                 logits_grad, loss = gradient_and_loss(logits, row_targets, V)
                 x_grads.append(logits_grad @ matrix)
-                head_grad += logits_grad.T @ rows
+                part = logits_grad.T @ rows
+                head_grad = part.float() if head_grad is None else head_grad + part
             else:
                 loss = summed_cross_entropy(logits, row_targets, V)
             total += loss
@@ -339,7 +340,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale):
         x_grad, head_grad = ctx.saved_tensors
-        return scale * x_grad, scale * head_grad, None, None
+        # In place, because the two are large; autograd then refuses a second backward pass.
+        return x_grad.mul_(scale), head_grad.mul_(scale), None, None
 
 
 # ---- Model ---------------------------------------------------------------------------------------

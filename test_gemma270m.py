@@ -438,6 +438,8 @@ def test_training_never_holds_all_logits_and_validation_makes_no_gradient():
     with TensorsMade() as made, loss_in_chunks(model, rows=20):
         loss = model(tokens, tokens)
         kept = loss.grad_fn.next_functions[0][0].saved_tensors  # for the backward pass
+        loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace"):  # and no second gradient that is wrong
         loss.backward()
     logits = [shape.numel() for shape in made.shapes if shape[-1:] == (1_000,)]
     assert max(logits) == 20 * 1_000  # of 100 * 1,000

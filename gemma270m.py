@@ -132,7 +132,7 @@ class TrainConfig:
 # Flags that a preset sets; those given beside it win. quick is a short run of the same model.
 PRESETS = {
     "270m": {},
-    "quick": dict(grad_accum=1, max_iters=2_432, warmup_iters=200, lr=1e-3, min_lr=1e-4),
+    "quick": dict(grad_accum=1, max_iters=2_432, warmup_iters=200, lr=3e-3, min_lr=3e-4),
     "finetune": dict(batch_size=8, grad_accum=4, max_iters=800, warmup_iters=80, lr=5e-5,
                      min_lr=5e-6, eval_interval=200),
     "tiny": dict(emb_dim=96, n_layers=4, n_heads=2, head_dim=48, query_pre_attn_scalar=48,
@@ -523,6 +523,10 @@ def save_checkpoint(path, state):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    if os.name == "posix":  # the new name is on the disk once its folder is
+        folder = os.open(temporary.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def load_checkpoint(path):

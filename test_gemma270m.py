@@ -588,7 +588,7 @@ def assert_same_run(got, expected):
         assert column(got, name) == column(expected, name)
 
 
-def test_a_checkpoint_reaches_the_disk_before_its_name_does(tmp_path):
+def test_a_checkpoint_reaches_the_disk_before_its_name_and_then_the_folder_does(tmp_path):
     out = tmp_path / "o.pt"
     seen = []
 
@@ -598,7 +598,7 @@ def test_a_checkpoint_reaches_the_disk_before_its_name_does(tmp_path):
 
     with mock.patch.object(os, "fsync", fsync):
         gemma270m.save_checkpoint(out, {"step": 1})
-    assert seen == [("o.pt.tmp", False)]
+    assert seen == [("o.pt.tmp", False), (tmp_path.name, True)]
 
 
 class Malice:

@@ -75,23 +75,28 @@ class KVCache:
             self.layers.append(LayerCache(self.length, shape, model.head))
 
 
-class InHalves(TorchFunctionMode):
-    """Computes F.linear as a batch of two products, of the two halves of the weight's rows.
+def linear_in_halves(x, weight, bias=None):
+    """F.linear as a batch of two products, of the two halves of the weight's rows.
 
     For a few rows of float32 on a CPU, which reads a weight in this way up to three times as fast:
     PyTorch leaves the product with a single row to one core.
     """
+    columns = x.flatten(0, -2).T  # (in, rows)
+    half = len(weight) // 2
+    halves = weight[: 2 * half].unflatten(0, (2, half))  # (2, out / 2, in)
+    y = torch.bmm(halves, columns.expand(2, -1, -1)).flatten(0, 1)  # (out, rows)
+    rest = weight[2 * half :]  # of an odd number of rows the last one
+    y = torch.cat((y, rest @ columns)).T.unflatten(0, x.shape[:-1])
+    return y if bias is None else y + bias
+
+
+class InHalves(TorchFunctionMode):
+    """Puts linear_in_halves in the place of F.linear, in all layers."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not F.linear:
-            return function(*args, **(kwargs or {}))
-        x, weight = args[:2]
-        columns = x.flatten(0, -2).T  # (in, rows)
-        half = len(weight) // 2
-        halves = weight[: 2 * half].unflatten(0, (2, half))  # (2, out / 2, in)
-        y = torch.bmm(halves, columns.expand(2, -1, -1)).flatten(0, 1)  # (out, rows)
-        rest = weight[2 * half :]  # of an odd number of rows the last one
-        return torch.cat((y, rest @ columns)).T.unflatten(0, x.shape[:-1])
+        if function is F.linear:
+            function = linear_in_halves
+        return function(*args, **(kwargs or {}))
 
 
 def predict(model, cache, tokens):
@@ -99,20 +104,16 @@ def predict(model, cache, tokens):
 
     The first call takes the prompt, each other one a single token.
     """
-    rows = tokens.numel()
     head = model.head
-    in_halves = head.device.type == "cpu" and head.dtype == torch.float32 and rows <= 4
-    split = InHalves() if in_halves else contextlib.nullcontext()
+    rows = tokens.numel()
+    plain = head.device.type == "cpu" and head.dtype == torch.float32
+    products = InHalves() if plain and rows <= 4 else contextlib.nullcontext()
     # On a CPU, oneDNN is slow with a single row; its other settings stay as they are.
-    with torch.backends.mkldnn.flags(rows > 1, None, None, None), split:
+    with torch.backends.mkldnn.flags(rows > 1, None, None, None), products:
         x = model.features(tokens, cache.length, cache.layers)
         logits = F.linear(x[:, -1], head)
     cache.length += tokens.size(1)
     return logits.float()
-
-
-# With these options torch.compile makes a token in three quarters of the time on a GPU.
-DECODING = {"coordinate_descent_tuning": True, "combo_kernels": True}
 
 
 # ---- Generation ----------------------------------------------------------------------------------
@@ -334,6 +335,10 @@ def chat_tokens(tokenizer, question):
 def start_of_document(tokenizer):
     """What a document begins with in training: the start token, or the end of the one before."""
     return tokenizer.end_tokens[0] if tokenizer.bos_token is None else tokenizer.bos_token
+
+
+# With these options of torch.compile a GPU makes a single token in three quarters of the time.
+DECODING = {"coordinate_descent_tuning": True, "combo_kernels": True}
 
 
 def sample(args, model, tokenizer, end_tokens):

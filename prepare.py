@@ -38,7 +38,7 @@ os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 import numpy as np
 import tokenizers
 from huggingface_hub import HfApi, constants, hf_hub_download
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HFValidationError, HTTPError
 from pyarrow import ArrowException
 from pyarrow.parquet import ParquetFile
 from tqdm import tqdm
@@ -53,7 +53,7 @@ SMALL_VOCABULARY = "4096"  # with GPT-2's words the head would be most of a smal
 HELD_OUT = 100  # one token in so many is for validation
 CHUNK = 2**16  # characters of a .txt that are read at once
 BATCH = 512  # pieces that are encoded in one call, on all cores
-LEARN_FROM = 20_000  # pieces from which a vocabulary is learned
+LEARN_FROM = 20_000  # pieces and ends of documents from which a vocabulary is learned
 TOKENIZER_FILES = r"([^/]*token[^/]*|(generation_)?config|chat_template[^/]*)\.(json|jinja)"
 DAMAGE = (ValueError, OSError, LookupError, EOFError, zlib.error, lzma.LZMAError, ArrowException)
 UNREACHABLE = (errno.ECONNREFUSED, errno.ENETUNREACH, errno.EHOSTUNREACH)
@@ -82,13 +82,19 @@ class Tokenizer:
         try:
             self.backend = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
             given, model, generation = (dict(json.loads(files.get(n, "{}"))) for n in names)
+            whole = "".join(self.decode([token]) for token in self.encode(" one two"))
         except Exception as error:  # `tokenizers` raises nothing more special
-            raise UserError(f"tokenizer.json is missing or damaged: {error!r}") from error
+            reason = f"tokenizer.json or a file beside it is missing or damaged: {error!r}"
+            raise UserError(reason) from error
+        if whole != " one two":
+            raise UserError(
+                "this tokenizer loses spaces between tokens: GPT-2's kind and Gemma's do not"
+            )
         self.backend.no_truncation()
         self.backend.no_padding()
         tokens = (given.get("bos_token"), given.get("eos_token"))
-        tokens = (token["content"] if isinstance(token, dict) else token or "" for token in tokens)
-        bos, eos = map(self.backend.token_to_id, tokens)
+        tokens = [token.get("content") if isinstance(token, dict) else token for token in tokens]
+        bos, eos = (self.backend.token_to_id(token or "") for token in tokens)
         if eos is None:
             raise UserError("tokenizer_config.json names no eos_token, which ends a document")
         adds_bos = given.get("add_bos_token") or self.backend.encode("").ids[:1] == [bos]
@@ -140,8 +146,8 @@ def byte_level(model, trainer=None, texts=()):
 
 def learn_tokenizer(texts, size):
     """A vocabulary of `size` words, or as many as there are, learned from the first texts."""
-    if size < 257:
-        raise UserError(f"a vocabulary of {size} is too small: 257 are the bytes and the end")
+    if not 257 <= size <= 2**20:
+        raise UserError(f"a vocabulary of {size}: learn 257, the bytes and the end, to 1,048,576")
     options = {"special_tokens": [END_OF_TEXT], "show_progress": False}
     options["initial_alphabet"] = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, **options)
@@ -151,9 +157,12 @@ def learn_tokenizer(texts, size):
 
 def load_tokenizer(name):
     """The Tokenizer "gpt2", or that of a folder of transformers or of a model on the hub."""
-    if name != "gpt2":
+    if name != "gpt2" or os.path.isdir(name):
         paths = map(Path, fetch(name, "model", TOKENIZER_FILES))
-        return Tokenizer({path.name: path.read_text("utf-8", "replace") for path in paths})
+        try:
+            return Tokenizer({path.name: path.read_text("utf-8", "replace") for path in paths})
+        except UserError as error:
+            raise UserError(f"{name} cannot be loaded: {error}") from error
     import tiktoken
 
     try:
@@ -184,7 +193,7 @@ FIELDS = {  # config.json's names of GemmaConfig's fields
 IMPLEMENTED = {  # other entries, with the only value that is implemented
     "model_type": "gemma3_text", "attention_bias": False, "hidden_activation": "gelu_pytorch_tanh",
     "attn_logit_softcapping": None, "final_logit_softcapping": None, "quantization_config": None,
-    "use_bidirectional_attention": False, "rope_type": "default",
+    "use_bidirectional_attention": False, "rope_type": "default", "type": "default",
 }  # fmt: skip
 
 
@@ -201,15 +210,15 @@ def read_config(given):
                 other = f"{name} {entries[name]}"
                 raise UserError(f"{other} is not implemented, nor are multimodal models")
     types = given.get("layer_types")
-    every = given.get("_sliding_window_pattern", 6)
+    every = given.get("sliding_window_pattern", given.get("_sliding_window_pattern", 6))
     if types:
         every = [*types, "full_attention"].index("full_attention") + 1
     given = {
         "tie_word_embeddings": True,
         "rope_theta": full.get("rope_theta", 1e6),
         "rope_local_base_freq": local.get("rope_theta", 1e4),
-        "sliding_window_pattern": every,
         **given,
+        "sliding_window_pattern": every,
     }
     config = GemmaConfig(**{ours: given[theirs] for theirs, ours in FIELDS.items()})
     if types and types != config.layer_types:
@@ -225,16 +234,26 @@ def read_model(name):
 
     from gemma270m import Gemma
 
-    paths = fetch(name, "model", r"[^/]+\.(json|jinja|safetensors)")
-    files = {os.path.basename(path): Path(path) for path in paths}
-    shards = ["model.safetensors"]
+    tokenizer = load_tokenizer(name)
+    paths = fetch(name, "model", r"config\.json")
+    if not paths:
+        raise UserError(f"{name} has no config.json")
     try:
-        tokenizer = load_tokenizer(name)
-        config = read_config(json.loads(files["config.json"].read_text("utf-8")))
+        config = read_config(json.loads(Path(paths[0]).read_text("utf-8")))
         if tokenizer.vocab_size > config.vocab_size:
             raise UserError(f"{tokenizer.vocab_size} words exceed vocab_size {config.vocab_size}")
+    except (*DAMAGE, AttributeError, TypeError) as error:
+        raise UserError(f"{name} cannot be loaded, because of config.json: {error}") from error
+
+    # The weights are large, so they are asked for once the rest is known to be of use.
+    paths = fetch(name, "model", r"[^/]+\.safetensors(\.index\.json)?")
+    files = {os.path.basename(path): path for path in paths}
+    if not files:
+        raise UserError(f"{name} has no *.safetensors; pytorch_model.bin is not read")
+    shards = ["model.safetensors"]
+    try:
         if "model.safetensors" not in files:
-            index = files["model.safetensors.index.json"].read_text("utf-8")
+            index = Path(files["model.safetensors.index.json"]).read_text("utf-8")
             shards = set(json.loads(index)["weight_map"].values())
         weights = {}
         for shard in shards:
@@ -247,10 +266,11 @@ def read_model(name):
         if config.tie_embeddings and head is not None:
             if torch.equal(head, weights["embed_tokens.weight"]):
                 del weights["lm_head.weight"]
+        # A model without memory tells whether names and shapes fit.
         with torch.device("meta"):
             Gemma(config).load_state_dict(weights, assign=True)
     except (*DAMAGE, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
-        cure = "pytorch_model.bin is not read; pull pointers of git-lfs and damaged files again"
+        cure = "pull pointers of git-lfs and damaged files again"
         raise UserError(f"{name} cannot be loaded: {error} ({cure})") from error
     return config, weights, tokenizer
 
@@ -279,11 +299,12 @@ def ask_hub(function, repo, **options):
             break
         print(f"{reason}: trying again in {wait} s", flush=True)
         time.sleep(wait)
-    if isinstance(causes[0], OSError) and not passing:
-        raise reason from causes[0]  # not the hub's fault: a full disk, or offline by wish
+    if isinstance(causes[0], (OSError, HFValidationError)) and not passing:
+        raise reason from causes[0]  # not the hub's fault: a full disk, offline by wish, a name
     cure = "wait some minutes and run this again; or does a login page of the network answer?"
     if status in (401, 403, 404):
-        page = f"{constants.ENDPOINT}/{repo}"
+        folder = "datasets/" if options["repo_type"] == "dataset" else ""
+        page = f"{constants.ENDPOINT}/{folder}{repo}"
         cure = f"check the name, or accept the terms at {page} and run hf auth login"
     raise UserError(f"{reason}: {cure}") from causes[0]
 
@@ -303,9 +324,10 @@ def fetch(name, kind, pattern):
         info = ask_hub(HfApi().repo_info, name, timeout=10, **options)
         files = [file.rfilename for file in info.siblings]
     except (UserError, ConnectionError) as error:
-        cache = Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}", "snapshots")
-        paths = [path.relative_to(cache).as_posix() for path in cache.rglob("*")]
-        files = [path.partition("/")[2] for path in paths]
+        cache = Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}")
+        newest = cache / "refs" / "main"  # the name of a snapshot
+        snapshot = cache / "snapshots" / (newest.read_text() if newest.exists() else "none")
+        files = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*")]
         if not any(re.fullmatch(pattern, file) for file in files):
             raise
         print(f"{error}; taking what is in the cache", flush=True)
@@ -343,17 +365,23 @@ def read_rows(path, file):
             yield from batch.column("text").to_pylist()
     else:
         for line in file:
-            row = json.loads(line)
+            try:
+                row = json.loads(line.strip() or '{"text": ""}')  # blank lines are no rows
+            except ValueError:
+                row = None
             yield row.get("text") if isinstance(row, dict) else None
 
 
 def read_files(patterns, skipped=None):
     """The documents of all files; notes rows without text in the set `skipped`, or refuses them."""
-    for path in [path for p in patterns for path in sorted(glob.glob(p, recursive=True)) or [p]]:
+    paths = [path for p in patterns for path in sorted(glob.glob(p, recursive=True)) or [p]]
+    for path in paths:
+        if len(paths) > 1 and os.path.isdir(path):
+            continue  # ** matches folders too
         opener = {".gz": gzip.open, ".xz": lzma.open}.get(Path(path).suffix, open)
         try:
             with opener(path, "rb") as file:
-                if not re.search(r"\.(parquet|json)", path):
+                if not re.search(r"\.(parquet|jsonl?)(\.gz|\.xz)?$", path):
                     yield from read_txt(file)
                     continue
                 for number, text in enumerate(read_rows(path, file), 1):
@@ -361,7 +389,8 @@ def read_files(patterns, skipped=None):
                         text = text.removeprefix("\ufeff").replace("\r\n", "\n")
                         yield from [*PIECES.findall(text), None]
                     elif skipped is None:
-                        raise UserError(f"row {number}: no text in `text`; see --skip_bad")
+                        fault = f"row {number}: no object, on one line, with whole text in `text`"
+                        raise UserError(f"{fault}; see --skip_bad")
                     else:
                         skipped.add((path, number))
         except UnicodeDecodeError as error:
@@ -371,7 +400,7 @@ def read_files(patterns, skipped=None):
 
 
 def make_stories(seed=0):
-    """Stories of 60 to 250 words without end, the same ones for the same seed."""
+    """Stories of about 90 to 150 words without end, the same ones for the same seed."""
     grammar = json.loads((HERE / "assets" / "stories.json").read_text("utf-8"))
     rng = random.Random(seed)
     while True:
@@ -418,6 +447,8 @@ def write_tokens(folder, split, pieces, tokenizer, limit):
 def hold_out(folder, meta):
     """Moves the last HELD_OUT-th part of the tokens from train.bin to val.bin."""
     train = np.memmap(folder / "train.bin", meta["dtype"], "r")
+    if len(train) < 4:
+        raise UserError("there is too little text, for training and validation")
     val = train[-(len(train) // HELD_OUT + 2) :].copy()
     val.tofile(folder / "val.bin")
     os.truncate(folder / "train.bin", train.nbytes - val.nbytes)
@@ -453,12 +484,12 @@ def find_tinystories(limit, out):
 
 def put_in_place(new, out, meta):
     """Moves the new files to the data folder."""
+    (new / "meta.json").write_text(json.dumps(meta, indent=2))  # while the old files are whole
     # The old files go first and meta.json comes last: without it the folder looks unfinished.
     for stale in ("meta.json", "init.pt"):
         (out / stale).unlink(missing_ok=True)
-    for path in new.iterdir():
+    for path in sorted(new.iterdir(), key=lambda path: path.name == "meta.json"):
         path.replace(out / path.name)
-    (out / "meta.json").write_text(json.dumps(meta, indent=2))
 
 
 def prepare(args):
@@ -484,7 +515,7 @@ def prepare(args):
         config, weights, tokenizer = read_model(name)
     elif name.isdecimal():
         tokenizer = learn_tokenizer(read(texts["train"]), int(name))
-        name = f"{int(name):,} learned from the text"
+        name = f"{tokenizer.vocab_size:,} learned from the text"
     else:
         tokenizer = load_tokenizer(name)
 
@@ -528,10 +559,10 @@ def main(argv=None):
     parser = argparse.ArgumentParser("prepare.py", argparse.SUPPRESS, __doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     flag = parser.add_argument
-    flag("--input", nargs="+", metavar="FILE", help=".txt, .jsonl, .json (also .gz, .xz), .parquet")
+    flag("--input", nargs="+", metavar="FILE", help=".txt, .jsonl (also .gz, .xz), .parquet")
     flag("--val_input", nargs="+", metavar="FILE", help="else the last hundredth is for validation")
-    flag("--limit", type=int, metavar="N", help="at most N documents")
-    flag("--tokenizer", metavar="NAME", help="gpt2, how many words to learn, or a model")
+    flag("--limit", type=int, metavar="N", help="at most N documents, and as many for validation")
+    flag("--tokenizer", metavar="NAME", help="gpt2, how many words to learn, a folder or hub name")
     flag("--model", metavar="NAME", help="to fine-tune, a folder or hub name")
     flag("--out_dir", default="data", metavar="DIR", help="where to write; default: data")
     flag("--skip_bad", action="store_true", help="skip and count rows without text")

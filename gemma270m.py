@@ -450,6 +450,12 @@ def load_data(folder):
     return train, val, meta
 
 
+def count_blocks(n_tokens, block_size, bos):
+    """Blocks of the data. With a start token (bos) all are targets, else all but the first."""
+    targets = n_tokens - 1 if bos is None else n_tokens
+    return math.ceil(targets / block_size)
+
+
 @functools.lru_cache(maxsize=2)  # a micro-batch may reach into the next epoch
 def block_order(n_blocks, seed, epoch):
     """The order in which an epoch visits the blocks of the training data."""
@@ -496,7 +502,7 @@ def learning_rate(config, step):
 @torch.no_grad()
 def evaluate(model, data, config, bos, device, autocast, rank=0, world=1):
     """Mean loss over eval_tokens of data, the same ones whatever the batch size or processes."""
-    n_blocks = math.ceil(len(data) / config.block_size)
+    n_blocks = count_blocks(len(data), config.block_size, bos)
     wanted = min(n_blocks, math.ceil(config.eval_tokens / config.block_size))
     spread = np.linspace(0, n_blocks, wanted, endpoint=False, dtype=int)
     total = torch.zeros(2, dtype=torch.float64)  # of the losses, of the targets
@@ -513,7 +519,7 @@ def evaluate(model, data, config, bos, device, autocast, rank=0, world=1):
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
 def save_checkpoint(path, state):
-    """Writes beside path, then renames, so that path is a whole checkpoint at any moment."""
+    """Writes beside path, then renames, so that path is always a whole checkpoint; or OSError."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -521,6 +527,8 @@ def save_checkpoint(path, state):
             file.flush()
             os.fsync(file.fileno())  # the content must reach the disk before the new name does
         os.replace(temporary, path)
+    except RuntimeError as error:  # from torch.save, which hides a full disk behind it
+        raise OSError(error.__context__ or error) from error
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":  # the new name is on the disk once its folder is
@@ -642,9 +650,8 @@ def save_run(path, state, needed):
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)
-    except (OSError, RuntimeError) as error:
-        # For a full disk torch.save raises RuntimeError and hides the reason behind it.
-        reason = f"{path} or its log cannot be written: {error.__context__ or error}"
+    except OSError as error:
+        reason = f"{path} or its log cannot be written: {error}"
         if needed:
             raise UserError(reason) from error
         say(f"warning: {reason}; training goes on")
@@ -666,7 +673,7 @@ def train(config, model, train_data, val_data, meta, state=None):
     device = pick_device(config.device)
     accum = config.grad_accum
     bos = meta["bos_token"]
-    n_blocks = math.ceil(len(train_data) / config.block_size)
+    n_blocks = count_blocks(len(train_data), config.block_size, bos)
     dtype = pick_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

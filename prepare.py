@@ -104,6 +104,7 @@ class Tokenizer:
         for others in (model.get("eos_token_id"), generation.get("eos_token_id")):
             ends += others if isinstance(others, list) else [others]
         self.end_tokens = [token for token in dict.fromkeys(ends) if token is not None]
+        # config.json is not kept, so its end tokens move to the other file.
         generation |= {"bos_token_id": bos, "eos_token_id": self.end_tokens}
         self.files = {**files, "generation_config.json": json.dumps(generation, indent=2)}
         self.files.pop("config.json", None)
@@ -133,7 +134,8 @@ def byte_level(model, trainer=None, texts=()):
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     if trainer:
-        # In a thread that nobody waits for after Ctrl-C, which would have to wait for the call.
+        # In a thread of its own: Ctrl-C would have to wait for the call to end. Nobody waits for
+        # the thread, see the end of this file.
         worker = Thread(target=backend.train_from_iterator, args=(texts, trainer), daemon=True)
         worker.start()
         worker.join()
@@ -287,7 +289,7 @@ def ask_hub(function, repo, **options):
             causes = [error]
         while causes[-1].__cause__ or causes[-1].__context__:
             causes.append(causes[-1].__cause__ or causes[-1].__context__)
-        root = causes[-1]
+        root = causes[-1]  # the system's own error, which the client wraps
         if isinstance(root, socket.gaierror) or getattr(root, "errno", None) in UNREACHABLE:
             raise ConnectionError(f"no network to ask for {repo} ({root})")
         # The cause that holds the hub's answer tells the hub's own reason.
@@ -318,7 +320,7 @@ def fetch(name, kind, pattern):
         return [str(path) for path in Path(name).iterdir() if re.fullmatch(pattern, path.name)]
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) or os.path.isdir(os.path.dirname(name)):
         raise UserError(f"there is no folder {name}")
-    # The set is public, so an expired token is left out.
+    # The data set is public, and with an expired token the hub would refuse it.
     options = {"repo_type": kind, "token": False if kind == "dataset" else None}
     try:
         info = ask_hub(HfApi().repo_info, name, timeout=10, **options)
@@ -353,7 +355,7 @@ def read_txt(file):
             yield from [*PIECES.findall(document), None]
         pieces = PIECES.findall(text)
         yield from pieces[:-2]
-        text = "".join(pieces[-2:])  # the last ones may end with half a marker
+        text = "".join(pieces[-2:])  # where the text may end with half a marker
     yield from [*PIECES.findall(text), None]
 
 
@@ -422,7 +424,8 @@ def write_tokens(folder, split, pieces, tokenizer, limit):
     documents = 0
     tokens = 0
     begins = True
-    bar = tqdm(total=limit, unit=" documents", disable=None)
+    total = limit if split == "train" else None  # validation may have less
+    bar = tqdm(desc=split, total=total, unit=" documents", disable=None)
     with open(folder / f"{split}.bin", "wb") as file, bar:
         while documents != limit and (batch := list(islice(pieces, BATCH))):
             for piece, ids in zip(batch, tokenizer.encode_batch([piece or "" for piece in batch])):
@@ -449,7 +452,7 @@ def hold_out(folder, meta):
     train = np.memmap(folder / "train.bin", meta["dtype"], "r")
     if len(train) < 4:
         raise UserError("there is too little text, for training and validation")
-    val = train[-(len(train) // HELD_OUT + 2) :].copy()
+    val = train[-(len(train) // HELD_OUT + 2) :].copy()  # at least an input and a target
     val.tofile(folder / "val.bin")
     os.truncate(folder / "train.bin", train.nbytes - val.nbytes)
     meta["val_documents"] = int(np.count_nonzero(val == meta["end_tokens"][0]))
@@ -477,7 +480,7 @@ def find_tinystories(limit, out):
             raise UserError(f"{error}; {out} keeps the data that it holds") from error
         print(f"No TinyStories but {BUILT_IN}: {error}", flush=True)
         return BUILT_IN, {"train": 0, "val": 1}
-    if shards == "train" and f"-of-{len(train):05}-" not in f"{train}":
+    if shards == "train" and not any(f"-of-{len(train):05}-" in path for path in train):
         raise UserError(f"only {len(train)} shards of {TINYSTORIES} are in the cache: go online")
     return TINYSTORIES, {"train": train, "val": val}
 
@@ -499,6 +502,7 @@ def prepare(args):
     read = partial(read_files, skipped=skipped)
     limit = args.limit
     name = args.model or args.tokenizer
+    # With a GPU all stories and GPT-2's words; it is looked for where one of the two is not given.
     large = not (name and (args.input or limit)) and has_gpu()
     if args.input:
         source = " ".join(args.input)
@@ -556,8 +560,10 @@ def prepare(args):
 
 def main(argv=None):
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser("prepare.py", argparse.SUPPRESS, __doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="prepare.py", usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     flag = parser.add_argument
     flag("--input", nargs="+", metavar="FILE", help=".txt, .jsonl (also .gz, .xz), .parquet")
     flag("--val_input", nargs="+", metavar="FILE", help="else the last hundredth is for validation")

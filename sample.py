@@ -1,4 +1,4 @@
-"""Continues a prompt with a model of gemma270m.py, showing text as it comes; or exports the model.
+"""Continues a prompt with a model of gemma270m.py, shown as it comes; or exports the model.
 
 python sample.py --ckpt out.pt --prompt "Once upon a time"
 python sample.py --ckpt out.pt --prompt FILE:start.txt --num_samples 4 --temperature 0.7
@@ -42,21 +42,24 @@ class LayerCache:
         self.values = torch.zeros_like(self.keys)
 
     def __call__(self, q, k, v, window, scale):
-        """Stores k, v (B, G, T, D) and attends with q (B, H, T, D): a prompt, or a single token."""
+        """Stores k, v (B, G, T, D) and attends with q (B, H, T, D).
+
+        T is 1, but for the first call, which takes the prompt.
+        """
         T = k.size(2)
         size = self.keys.size(2)
         positions = self.length + torch.arange(T, device=k.device)
         places = positions[-size:] % size
         self.keys.index_copy_(2, places, k[:, :, -size:].type_as(self.keys))
         self.values.index_copy_(2, places, v[:, :, -size:].type_as(self.values))
-        if T > 1:  # a prompt sees itself only
+        if T > 1:  # nothing comes before the prompt
             return causal_attention(q, k, v, window, scale)
 
         # One query sees all that the ring holds. The query heads that share a key/value head are
         # rows of one matrix.
         q = q.squeeze(2).unflatten(1, (k.size(1), -1))  # (B, G, H / G, D)
         scores = (q * scale) @ self.keys.mT  # (B, G, H / G, size)
-        empty = torch.arange(size, device=k.device) > positions
+        empty = torch.arange(size, device=k.device) > positions  # none, once the ring is full
         p = scores.float().masked_fill(empty, -math.inf).softmax(-1)
         y = p.type_as(v) @ self.values  # (B, G, H / G, D)
         return y.flatten(1, 2).unsqueeze(2)
@@ -78,8 +81,8 @@ class KVCache:
 def linear_in_halves(x, weight, bias=None):
     """F.linear as a batch of two products, of the two halves of the weight's rows.
 
-    For a few rows of float32 on a CPU, which reads a weight in this way up to three times as fast:
-    PyTorch leaves the product with a single row to one core.
+    For up to four rows of float32 on a CPU, which reads a weight in this way two to three times as
+    fast: PyTorch leaves the product with a single row to one core.
     """
     columns = x.flatten(0, -2).T  # (in, rows)
     half = len(weight) // 2
@@ -167,7 +170,7 @@ def stream(
     for made in range(max_new_tokens):
         if made == 1 and tokens.is_cuda:
             # From here on each step has the same shape, so it is recorded as a CUDA graph: one
-            # launch in place of hundreds. Recording takes a step, which the next one takes anew.
+            # launch in place of hundreds. The warm-up before it takes this token once too often.
             step = torch.cuda.make_graphed_callables(step, (tokens.clone(),), num_warmup_iters=1)
             cache.length -= 1
         new = sample_token(step(tokens), temperature, top_k, top_p, generator)
@@ -214,7 +217,7 @@ def load(path):
             model, state = load_checkpoint(path)
             files = state.get("data", {}).get("tokenizer_files")
             if not files:
-                raise UserError(f"{path} holds no tokenizer: is it of an earlier version?")
+                raise UserError(f"{path} holds no tokenizer: an init.pt, or an earlier version's?")
             tokenizer = Tokenizer(files)
         else:
             config, weights, tokenizer = read_model(path)
@@ -223,6 +226,11 @@ def load(path):
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     return model, tokenizer, tokenizer.end_tokens
+
+
+def start_of_document(tokenizer):
+    """What a document begins with in training: the start token, or the end of the one before."""
+    return tokenizer.end_tokens[0] if tokenizer.bos_token is None else tokenizer.bos_token
 
 
 MODEL_CARD = """---
@@ -239,7 +247,7 @@ A Gemma 3 text model of {:,} parameters, exported by sample.py of gemma270m.py.
 
 def export(model, tokenizer, folder):
     """Writes what transformers reads to a new or empty folder, or raises UserError."""
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     if folder.is_file() or folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty: name a new folder")
     c = model.config
@@ -257,15 +265,15 @@ def export(model, tokenizer, folder):
     files = dict(tokenizer.files)
     tokenizer_config = json.loads(files["tokenizer_config.json"])
     # llama.cpp reads here whether a text begins with a start token; in training each one does.
+    start = tokenizer.backend.id_to_token(start_of_document(tokenizer))
     tokenizer_config["add_bos_token"] = True
+    tokenizer_config["bos_token"] = start
     tokenizer_config["model_max_length"] = c.context_length
     files["tokenizer_config.json"] = json.dumps(tokenizer_config, indent=2) + "\n"
     files["config.json"] = json.dumps(config, indent=2) + "\n"
     # transformers puts a start token before a prompt only if the tokenizer has one of its own.
-    start = ""
-    if tokenizer.bos_token is None:
-        start = tokenizer.backend.id_to_token(start_of_document(tokenizer))
-    files["README.md"] = MODEL_CARD.format(model.num_parameters(), folder.name, start)
+    written = start if tokenizer.bos_token is None else ""
+    files["README.md"] = MODEL_CARD.format(model.num_parameters(), folder.name, written)
     weights = {}
     for name, weight in model.state_dict().items():
         official = name if name == "lm_head.weight" else f"model.{name}"
@@ -314,16 +322,16 @@ def chat_tokens(tokenizer, question):
 
     config = json.loads(tokenizer.files["tokenizer_config.json"])
     template = tokenizer.files.get("chat_template.jinja", config.get("chat_template"))
-    if template is None:
+    if not isinstance(template, str):  # a list holds several, each with a name
         raise UserError("chat: this model has no chat template; use --prompt")
     names = {"messages": [{"role": "user", "content": question}], "add_generation_prompt": True}
     for name in ("bos_token", "eos_token"):
-        token = config.get(name)
+        token = config.get(name) or ""
         names[name] = token["content"] if isinstance(token, dict) else token
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     try:
         text = environment.from_string(template).render(**names)
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:
         raise UserError(f"chat: the model's chat template fails: {error}") from error
     # Here the names of special tokens, such as <start_of_turn>, are not ordinary text.
     tokenizer.backend.encode_special_tokens = False
@@ -332,16 +340,11 @@ def chat_tokens(tokenizer, question):
     return tokens
 
 
-def start_of_document(tokenizer):
-    """What a document begins with in training: the start token, or the end of the one before."""
-    return tokenizer.end_tokens[0] if tokenizer.bos_token is None else tokenizer.bos_token
-
-
 # With these options of torch.compile a GPU makes a single token in three quarters of the time.
 DECODING = {"coordinate_descent_tuning": True, "combo_kernels": True}
 
 
-def sample(args, model, tokenizer, end_tokens):
+def sample(args, model, tokenizer):
     """Prints args.num_samples continuations. Raises UserError for what cannot be done."""
     start = [start_of_document(tokenizer), *tokenizer.encode(args.prompt)]
     if args.chat is not None:
@@ -352,12 +355,12 @@ def sample(args, model, tokenizer, end_tokens):
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     if device.type == "cpu" and model.num_parameters() < 20_000_000:
-        torch.set_num_threads(1)  # a second thread would only wait for the first
-    model.to(device, dtype)
+        torch.set_num_threads(1)  # so small that a second one would only wait for the first
+    model.to(device, dtype)  # the weights too, which only training needs in float32
     generator = torch.Generator(device)
     generator.manual_seed(generator.seed() if args.seed is None else args.seed % 2**63)
     tokens = torch.tensor([start] * args.num_samples, device=device)
-    choice = (args.temperature, args.top_k, args.top_p, end_tokens, generator)
+    choice = (args.temperature, args.top_k, args.top_p, tokenizer.end_tokens, generator)
     texts = [Text(tokenizer) for _ in tokens]
     alone = len(texts) == 1
     made = 0
@@ -366,7 +369,7 @@ def sample(args, model, tokenizer, end_tokens):
     with torch.autocast(device.type, dtype, enabled=dtype == torch.float16, cache_enabled=False):
         for new in stream(model, tokens, room, *choice):
             made += 1
-            if made == 1 and args.compile:  # not before: the prompt has another shape
+            if made == 1 and args.compile:  # after the prompt, which has another shape
                 model.compile_parts(DECODING)
             shown = [text.add(token) for text, token in zip(texts, new.tolist())]
             if alone:
@@ -377,7 +380,7 @@ def sample(args, model, tokenizer, end_tokens):
     rests = [text.finish() for text in texts]
     contents = [args.prompt + text.content for text in texts]
     print(rests[0] if alone else "\n---------------\n".join(contents), flush=True)
-    ended = f"{sum(text.ended for text in texts)} of {len(texts)} ended by end-of-text"
+    ended = f"{sum(text.ended for text in texts)} of {len(texts)} ended by themselves"
     print(f"{made * len(texts):,} tokens, {speed:,.0f} tokens/s, {ended}", file=sys.stderr)
 
 
@@ -394,14 +397,22 @@ def parse_flags(argv):
     flag("--max_new_tokens", type=int, default=512, help="longest continuation (default: 512)")
     flag("--temperature", type=float, default=0.8, help="0 takes the likeliest (default: 0.8)")
     flag("--top_k", type=int, default=64, help="draw from the k likeliest; 0: off (default: 64)")
-    flag("--top_p", type=float, default=0.95, help="and from the fewest of this share (0.95)")
+    flag(
+        "--top_p",
+        type=float,
+        default=0.95,
+        help="and from the fewest with this share; 1: off (0.95)",
+    )
     flag("--seed", type=int, help="the same seed gives the same text (default: another each time)")
     flag("--device", default="auto", help="cuda, mps, cpu; auto takes a GPU if there is one")
-    flag("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
+    names = ("auto", "bfloat16", "float16", "float32")
+    flag("--dtype", default="auto", choices=names, help=f"of weights and products: {names}")
     parser.add_argument("--compile", action="store_true", help="faster on a GPU, after a minute")
     args = parser.parse_args(argv)
     if args.num_samples < 1 or args.max_new_tokens < 1:
         parser.error("num_samples and max_new_tokens must be at least 1")
+    if args.chat is not None and args.prompt:
+        parser.error("--chat takes no --prompt beside it")
     return args
 
 
@@ -410,11 +421,10 @@ def main(argv=None):
     args = parse_flags(argv)
     args.prompt = read_text("prompt", args.prompt)
     if args.chat is not None:
-        args.prompt = ""
         args.chat = read_text("chat", args.chat)
-    model, tokenizer, end_tokens = load(args.ckpt)
+    model, tokenizer, _ = load(args.ckpt)
     if args.export is None:
-        sample(args, model, tokenizer, end_tokens)
+        sample(args, model, tokenizer)
         return
     export(model, tokenizer, args.export)
     for line in llama_cpp_warnings(model.config, tokenizer):

@@ -1159,20 +1159,20 @@ def test_globs_and_several_files(tmp_path):
     assert prepared(tmp_path, *inputs, val_input=tmp_path / "c*.txt") == ["b", "c", "c"]
 
 
-BAD_ROWS = [None, 5, "half a pair \ud800"]
+BAD_ROWS = ['{"text": null}', '{"text": 5}', '{"text": "half \\ud800"}', '{"text": "cut', "[{"]
 
 
-@given(st.lists(st.sampled_from([*BAD_ROWS, "good", "good too"]), min_size=1, max_size=8))
+@given(st.lists(st.sampled_from([*BAD_ROWS, "", '{"text": "good"}']), min_size=1, max_size=8))
 def test_rows_without_text(tmp_path, capsys, rows):
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    path.write_text("\n".join(rows))
     bad = [i for i, row in enumerate(rows, 1) if row in BAD_ROWS]
     if bad:
         argv = ["--input", path, "--tokenizer=257", "--out_dir", tmp_path / "none"]
         refuses(prepare, argv, path, f"row {bad[0]}:", "--skip_bad")
-    assume(len(bad) < len(rows))
-    good = [row for row in rows if row not in BAD_ROWS]
-    assert prepared(tmp_path, path, skip_bad=True) == good
+    good = rows.count('{"text": "good"}')
+    assume(good)
+    assert prepared(tmp_path, path, skip_bad=True) == ["good"] * good
     assert (f"without text, skipped: {len(bad)}" in capsys.readouterr().out) == bool(bad)
 
 
@@ -1339,7 +1339,9 @@ def test_tinystories_online_and_then_from_the_cache(tmp_path, hub):
     assert meta["vocab_size"] == 300 and meta["source"] == prepare.TINYSTORIES
     assert f"python gemma270m.py --data_dir {tmp_path / 'data'}" in out
     before = contents(tmp_path / "data")
-    # Without the hub, and by the user's will.
+    # Without the hub, and by the user's will; an older snapshot does not matter.
+    (snapshot,) = (tmp_path / "hf").rglob("snapshots/*")
+    shutil.copytree(snapshot, snapshot.with_name("older"))
     for url, environment in ((NOWHERE, {}), (hub.url, {"HF_HUB_OFFLINE": "1"})):
         status, out, _ = ask(tmp_path, url, "--limit", 500, **environment)
         assert status == 0 and "in the cache" in out
@@ -1530,15 +1532,6 @@ def test_greedy_text_is_that_of_generate_up_to_any_end_token(teller, tmp_path, c
     assert "1 of 1 ended" in err
 
 
-def test_samples_of_a_batch_differ_and_repeat_with_their_seed(teller, capsys):
-    given = {"num_samples": 3, "top_k": 0, "prompt": "the"}
-    one, again, other = (tell(capsys, teller, seed=seed, **given).out for seed in (1, 1, 2))
-    assert one == again != other
-    texts = one.removesuffix("\n").split("\n---------------\n")
-    assert len(set(texts)) == 3
-    assert all(text.startswith("the") for text in texts)
-
-
 @pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="this system knows no SIGPIPE")
 def test_as_a_process_it_needs_no_network_and_takes_what_output_there_is(teller, tmp_path):
     def start(prompt, n):
@@ -1588,7 +1581,9 @@ prepare --input utf16.txt                       UTF-16
 prepare --input empty.txt                       too little text
 prepare --input other.parquet                   other.parquet
 prepare --input a.txt --val_input empty.txt     too little text
+prepare --input a.txt --tokenizer 257           too little text
 prepare --input a.txt --tokenizer 256           257
+prepare --input a.txt --tokenizer 2000000       1,048,576
 prepare --input a.txt --tokenizer gpt5          no folder gpt5
 prepare --input a.txt --tokenizer ./mine/gpt2   no folder ./mine/gpt2
 prepare --input a.txt --tokenizer folder/typo   no folder folder/typo
@@ -1611,6 +1606,7 @@ sample --temperature=inf                        temperature
 sample --device=nowhere                         device
 sample --chat=hello                             chat: this model has no chat template
 sample --prompt=FILE:nowhere                    prompt
+sample --prompt=the --chat=hello                --prompt
 sample --prom=the                               prom
 sample --ckpt=nowhere.pt                        nowhere.pt
 sample --ckpt=no/where                          no/where
@@ -1629,7 +1625,7 @@ def test_a_mistake_gives_one_line_and_changes_no_file(
     gemma270m.save_checkpoint("out.pt", whole)
     gemma270m.save_checkpoint("old.pt", {**whole, "data": {"tokenizer": "gpt2"}})
     Path("folder").mkdir()
-    write_documents(Path("a.txt"), ["a story"])
+    write_documents(Path("a.txt"), ["a"])
     Path("utf16.txt").write_bytes("a story".encode("utf-16"))
     Path("empty.txt").write_bytes(b"\n \n")
     Path("long.txt").write_text("a" * 2_048)
@@ -1745,6 +1741,7 @@ SAME = (  # changes after which a folder means the same
               "rope_scaling": None, "layer_types": ..., "sliding_window_pattern": 3,
               "attn_logit_softcapping": ..., "use_bidirectional_attention": None}},
     {CONFIG: {"layer_types": ..., "_sliding_window_pattern": 3}},
+    {CONFIG: {"sliding_window_pattern": 6}},  # layer_types, which is newer, wins
     {CONFIG: {"rope_scaling": {"rope_type": "default"}, "tie_word_embeddings": ...}},
     {INDEX: json.dumps({"weight_map": {NORM: "of-another-time.safetensors"}})},
     {WEIGHTS: with_head},
@@ -1770,6 +1767,7 @@ UNUSABLE = (  # changes after which a folder is refused, and a part of the reaso
     *(({CONFIG: {name: "other"}}, name) for name in IMPLEMENTED),
     *(({CONFIG: {name: value}}, name) for name, value in OTHER_SHAPES.items()),
     *(({CONFIG: {f"rope_{name}": LINEAR}}, "rope_type") for name in ("scaling", "parameters")),
+    ({CONFIG: {"rope_scaling": {"type": "linear"}}}, "type linear"),
     ({CONFIG: {"num_attention_heads": 0}}, "n_heads"),
     ({CONFIG: '{"model_type": "gemma3", "text_config": {}}'}, "multimodal"),
     ({CONFIG: None}, CONFIG),
@@ -1780,7 +1778,8 @@ UNUSABLE = (  # changes after which a folder is refused, and a part of the reaso
     ({WEIGHTS: None, "pytorch_model.bin": ""}, "pytorch_model.bin is not read"),
     ({WEIGHTS: None, INDEX: json.dumps({"weight_map": {NORM: SHARD}})}, SHARD),
     ({"tokenizer.json": None}, "tokenizer.json"),
-    *(({"chat_template.jinja": text}, "chat") for text in ("{% no %}", "{{ raise_exception() }}")),
+    ({"tokenizer.json": {"decoder": None}}, "spaces"),
+    *(({"chat_template.jinja": text}, "chat") for text in ("{% no %}", "{{ 1 + 'a' }}")),
     *(({TOKENIZER: text}, "token") for text in (None, '{"eos_token": "no"}')),
 )
 
@@ -1949,7 +1948,8 @@ def test_the_commands_of_the_readme_run(gemma_folder, tmp_path, monkeypatch, cap
             gemma270m.main([*args, *flags(**short, **shape, eval_tokens=64, overwrite=True)])
         else:
             sample.main([*args, "--max_new_tokens", "9"])
-    assert "error" not in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "error" not in said.err and said.out.count("\n---------------\n") == 3
 
 
 def test_the_readme_is_short_and_its_python_runs():

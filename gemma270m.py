@@ -26,6 +26,7 @@ import signal
 import sys
 import time
 import zipfile
+import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -34,6 +35,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
 
@@ -120,6 +122,8 @@ class TrainConfig:
         check_numbers(self)
         if max(self.beta1, self.beta2) >= 1:
             raise UserError("beta1 and beta2 must be below 1")
+        if self.min_lr > self.lr:
+            raise UserError(f"min_lr {self.min_lr} is above lr {self.lr}: give both")
         if self.max_iters < self.grad_accum:
             raise UserError(f"max_iters {self.max_iters} is less than a step, {self.grad_accum}")
 
@@ -186,10 +190,10 @@ def causal_attention(q, k, v, window, scale):
         1 1 1 1 .       . 1 1 1 .
         1 1 1 1 1       . . 1 1 1
     """
-    B, H, T, _ = q.shape
+    B, H, T, D = q.shape
     # Fast: bfloat16 on a GPU, see pick_dtype. Its kernel in case 1 below lets query heads share a
     # key/value head; everywhere else each query head gets its own copy of it.
-    fast = q.is_cuda and q.dtype == torch.bfloat16
+    fast = q.is_cuda and q.dtype == torch.bfloat16 and D <= 256 and D % 8 == 0
     if not (fast and T <= window):
         k = k.repeat_interleave(H // k.size(1), dim=1)  # (B, H, T, D)
         v = v.repeat_interleave(H // v.size(1), dim=1)
@@ -313,7 +317,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of the logits x @ head.T. x (N, E), head (V, E), targets (N,)"""
 
     @staticmethod
-    def forward(ctx, x, head, targets, gradient_and_loss):  # of summed_cross_entropy, see Gemma
+    def forward(ctx, x, head, targets, gradient_and_loss):
+        # The last argument gives both of summed_cross_entropy; Gemma made it.
         V = len(head)
         matrix = head.type_as(x)
         if x.is_cuda:  # whose matrix products are faster when their sides are multiples of 64
@@ -325,7 +330,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         n = min(4096, LOGITS_AT_ONCE // V)
         for rows, row_targets in zip(x.split(n), targets.split(n)):
             logits = rows @ matrix.T  # (n or fewer, V padded)
-            if ctx.needs_input_grad[0]:  # that is, in training
+            if ctx.needs_input_grad[0]:  # in training; the head alone is not trained
                 logits_grad, loss = gradient_and_loss(logits, row_targets, V)
                 x_grads.append(logits_grad @ matrix)
                 part = logits_grad.T @ rows
@@ -338,9 +343,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, scale):
         x_grad, head_grad = ctx.saved_tensors
-        # In place, because the two are large; autograd then refuses a second backward pass.
+        # In place, because the two are large; autograd sees it and refuses a second backward pass.
         return x_grad.mul_(scale), head_grad.mul_(scale), None, None
 
 
@@ -371,7 +377,7 @@ class Gemma(nn.Module):
         return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
 
     def num_parameters(self):
-        """Trainable numbers; those of a tied head count once."""
+        """Numbers in all weights; those of a tied head count once."""
         return sum(weight.numel() for weight in self.parameters())
 
     def compile_parts(self, options=None):
@@ -533,7 +539,8 @@ def save_checkpoint(path, state):
         temporary.unlink(missing_ok=True)
     if os.name == "posix":  # the new name is on the disk once its folder is
         folder = os.open(temporary.parent, os.O_RDONLY)
-        os.fsync(folder)
+        with contextlib.suppress(OSError):  # not all file systems can
+            os.fsync(folder)
         os.close(folder)
 
 
@@ -545,10 +552,11 @@ def load_checkpoint(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         with torch.device("meta"):
             model = Gemma(GemmaConfig(**state["model_config"]))
-        model.load_state_dict(state["model"], assign=True)
+        weights = {name: weight.contiguous() for name, weight in state["model"].items()}
+        model.load_state_dict(weights, assign=True)
     # A damaged file, or one that is no checkpoint, may raise any of these.
-    except (OSError, EOFError, RuntimeError, ValueError, TypeError, KeyError, AttributeError,
-            zipfile.BadZipFile, pickle.UnpicklingError) as error:  # fmt: skip
+    except (OSError, EOFError, RuntimeError, ValueError, TypeError, LookupError, AttributeError,
+            zlib.error, zipfile.BadZipFile, pickle.UnpicklingError) as error:  # fmt: skip
         reason = " ".join(str(error).split())
         raise UserError(f"{path} cannot be loaded as a checkpoint: {reason}") from error
     return model.float(), state
@@ -603,11 +611,12 @@ def prepare_model(model, config, device):
     model.checkpoint_activations = config.checkpoint_activations
     if config.compile or (config.compile is None and device.type == "cuda"):
         model.compile_parts()
-    for weight in model.parameters():
-        weight.grad = torch.zeros_like(weight)  # for good: see sums in train
+    learned = [weight for weight in model.parameters() if weight.requires_grad]
+    for weight in learned:
+        weight.grad = torch.zeros_like(weight)  # for good, because a CUDA graph has its address
     # Weight decay is for matrices: it would pull a norm's learned scale, 1 + weight, back to 1.
-    matrices = [weight for weight in model.parameters() if weight.ndim >= 2]
-    norms = [weight for weight in model.parameters() if weight.ndim < 2]
+    matrices = [weight for weight in learned if weight.ndim >= 2]
+    norms = [weight for weight in learned if weight.ndim < 2]
     groups = [{"params": matrices}, {"params": norms, "weight_decay": 0.0}]
     betas = (config.beta1, config.beta2)
     return torch.optim.AdamW(groups, betas=betas, weight_decay=config.weight_decay, fused=True)
@@ -618,7 +627,7 @@ stop_times = []  # of the signals that ask the run to end
 
 def request_stop(number, frame):
     """Handles a signal: the first one lets the run save and end, a second one ends it at once."""
-    # Under torchrun each Ctrl-C arrives twice: what follows within a second is its echo.
+    # A Ctrl-C comes from the terminal and again from torchrun: within a second it is the same one.
     if stop_times and time.monotonic() - stop_times[0] > 1:
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
@@ -687,16 +696,16 @@ def train(config, model, train_data, val_data, meta, state=None):
         step = state["step"]
         rows = state["rows"]
         skipped = state["skipped"]
-        optimizer.load_state_dict(state["optimizer"])
+        # Its moments; rates and decay are the configuration's, which flags may have changed.
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state["optimizer"]["state"]})
         if state["scaler"]:
             scaler.load_state_dict(state["scaler"])
     # Each step's gradients and loss add up in these tensors: a CUDA graph replays fixed addresses.
     loss_sum = torch.zeros((), device=device)
-    sums = [loss_sum, *(weight.grad for weight in model.parameters())]
+    sums = [loss_sum, *(weight.grad for weight in model.parameters() if weight.requires_grad)]
     micro_batch = functools.partial(forward_backward, model, autocast, scaler, accum, loss_sum)
     if device.type == "cuda":
-        # A call copies x and y into place and launches all kernels, those of backward() too. The
-        # warm-up adds to the sums, which each step sets to zero.
+        # It records backward() too. Its warm-up adds to the sums, which each step sets to zero.
         example = get_batch(train_data, [0] * config.batch_size, config.block_size, bos, device)
         micro_batch = torch.cuda.make_graphed_callables(micro_batch, example, num_warmup_iters=1)
     while True:
@@ -707,7 +716,7 @@ def train(config, model, train_data, val_data, meta, state=None):
         due = step == config.steps or iteration % config.eval_interval < accum
         validating = due and not validated
         if validating:
-            with torch.compiler.set_stance("force_eager"):  # no gradients: it would compile anew
+            with torch.compiler.set_stance("force_eager"):  # else blocks would be compiled twice
                 val_loss = evaluate(model, val_data, config, bos, device, autocast, rank, world)
             if not math.isfinite(val_loss):
                 raise UserError(f"val loss {val_loss} at step {step}; {config.out} stays as it is")
@@ -801,6 +810,7 @@ def main(argv=None):
     elif preset == "auto":
         preset = "270m" if pick_device(values["device"]).type == "cuda" else "tiny"
     values |= PRESETS[preset] | given | {"preset": preset}  # what is given wins
+    said = f"preset {preset} { ({name: values[name] for name in PRESETS[preset]}) }"
     if out.exists() and not values["resume"] and not values["overwrite"]:
         raise UserError(f"{out} exists: --resume goes on with it, --overwrite starts anew")
     state = None
@@ -811,7 +821,10 @@ def main(argv=None):
         run_parts = {"train_config", "data", "optimizer", "scaler", "step", "rows", "skipped"}
         if not run_parts <= state.keys():
             raise UserError(f"resume: {out} is not of a run, or of an earlier version")
-        values |= state["train_config"] | given | {"out": str(out)}  # the file may have moved
+        begun = state["train_config"]
+        if given.get("preset", "auto") not in ("auto", begun["preset"]):
+            raise UserError(f"resume: {out} is a run of preset {begun['preset']}")
+        values |= begun | given | {"out": str(out), "preset": begun["preset"]}
         train_data, val_data, meta = load_data(values["data_dir"])
         # Other data are welcome where --data_dir names them and the vocabulary is the same.
         same_words = state["data"]["tokenizer_files"] == meta["tokenizer_files"]
@@ -822,13 +835,13 @@ def main(argv=None):
         # 2) start from the weights that prepare.py --model has put beside the data
         train_data, val_data, meta = load_data(values["data_dir"])
         model, _ = load_checkpoint(init)
-        say(f"start   from {init}, preset {preset} {PRESETS[preset]}")
+        say(f"start   from {init}, {said}")
     else:
         # 3) start from scratch, with a vocabulary of the data's size
         train_data, val_data, meta = load_data(values["data_dir"])
         torch.manual_seed(values["seed"])
         model = Gemma(make(GemmaConfig, values | {"vocab_size": meta["vocab_size"]} | given))
-        say(f"start   from scratch, preset {preset} {PRESETS[preset]}")
+        say(f"start   from scratch, {said}")
 
     config = make(TrainConfig, values)
     shape = asdict(model.config)
@@ -838,7 +851,7 @@ def main(argv=None):
         raise UserError(f"vocab_size {model.config.vocab_size} is less than that of the data")
     world = int(os.environ.get("WORLD_SIZE", 1))
     if config.grad_accum % world != 0:
-        raise UserError(f"{world} processes cannot share grad_accum {config.grad_accum}")
+        raise UserError(f"{world} processes cannot share grad_accum {config.grad_accum} evenly")
     if state is not None and state["step"] >= config.steps:
         say(f"nothing is left to do: max_iters is {config.max_iters:,}")
         return
@@ -867,7 +880,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # for a terminal that lacks a character
+    if sys.stdout:  # a closed one is None
+        sys.stdout.reconfigure(errors="replace")  # for a terminal that lacks a character
     try:
         main()
     except (UserError, torch.OutOfMemoryError) as error:

@@ -433,7 +433,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # for a terminal that lacks a character
+    if sys.stdout:  # a closed one is None
+        sys.stdout.reconfigure(errors="replace")  # for a terminal that lacks a character
     if hasattr(signal, "SIGPIPE"):  # a closed pipe ends it in silence, as it ends other tools
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:

@@ -1158,6 +1158,7 @@ def test_globs_and_several_files(tmp_path):
     assert prepared(tmp_path, *inputs, val_input=tmp_path / "c*.txt") == ["b", "c", "c"]
 
 
+# Lines of JSON that hold no whole text; a blank line is none of them.
 BAD_ROWS = ['{"text": null}', '{"text": 5}', '{"text": "half \\ud800"}', '{"text": "cut', "[{"]
 
 

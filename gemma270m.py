@@ -526,6 +526,7 @@ def evaluate(model, data, config, bos, device, autocast, rank=0, world=1):
 # ---- Checkpoints ---------------------------------------------------------------------------------
 def save_checkpoint(path, state):
     """Writes beside path, then renames, so that path is always a whole checkpoint; or OSError."""
+    path = os.path.realpath(path)  # a link stays one
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -649,13 +650,18 @@ def log(rows, **row):
     say(" | ".join(f"{name} {value:{formats[type(value)]}}" for name, value in row.items()))
 
 
+def log_path(out):
+    """Where the log of a checkpoint lies."""
+    return str(out).removesuffix(".pt") + ".csv"
+
+
 def save_run(path, state, needed):
     """Writes the checkpoint, and its log as a table. If that fails: UserError, or a warning."""
     try:
         save_checkpoint(path, state)
         rows = state["rows"]
         columns = dict.fromkeys(name for row in rows for name in row)  # as a set, but in order
-        with open(path.removesuffix(".pt") + ".csv", "w", newline="") as file:
+        with open(log_path(path), "w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)
@@ -811,8 +817,11 @@ def main(argv=None):
         preset = "270m" if pick_device(values["device"]).type == "cuda" else "tiny"
     values |= PRESETS[preset] | given | {"preset": preset}  # what is given wins
     said = f"preset {preset} { ({name: values[name] for name in PRESETS[preset]}) }"
-    if out.exists() and not values["resume"] and not values["overwrite"]:
-        raise UserError(f"{out} exists: --resume goes on with it, --overwrite starts anew")
+    if out.exists() and not out.is_file():
+        raise UserError(f"out: {out} is a folder or a device, not a file")
+    for file in (out, Path(log_path(out))):
+        if file.exists() and not values["resume"] and not values["overwrite"]:
+            raise UserError(f"{file} exists: --resume goes on with it, --overwrite starts anew")
     state = None
 
     if values["resume"] and out.exists():
@@ -834,6 +843,8 @@ def main(argv=None):
     elif preset == "finetune":
         # 2) start from the weights that prepare.py --model has put beside the data
         train_data, val_data, meta = load_data(values["data_dir"])
+        if not init.exists():
+            raise UserError(f"there is no {init}: prepare.py --model writes it")
         model, _ = load_checkpoint(init)
         say(f"start   from {init}, {said}")
     else:
@@ -884,7 +895,7 @@ if __name__ == "__main__":
         sys.stdout.reconfigure(errors="replace")  # for a terminal that lacks a character
     try:
         main()
-    except (UserError, torch.OutOfMemoryError) as error:
+    except (UserError, PermissionError, torch.OutOfMemoryError) as error:
         raise SystemExit(f"gemma270m.py: error: {error}") from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None

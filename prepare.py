@@ -319,7 +319,7 @@ def fetch(name, kind, pattern):
     if os.path.isdir(name):
         return [str(path) for path in Path(name).iterdir() if re.fullmatch(pattern, path.name)]
     if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) or os.path.isdir(os.path.dirname(name)):
-        raise UserError(f"there is no folder {name}")
+        raise UserError(f"there is no folder {name}, nor is it gpt2, a number or owner/name")
     # The data set is public, and with an expired token the hub would refuse it.
     options = {"repo_type": kind, "token": False if kind == "dataset" else None}
     try:
@@ -591,7 +591,13 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
+    if sys.stdout:  # a closed one is None
+        sys.stdout.reconfigure(errors="replace")  # for a terminal that lacks a character
     status = main()
-    sys.stdout.flush()
+    if sys.stdout:
+        sys.stdout.flush()
     os._exit(status)  # without waiting for threads that still compute

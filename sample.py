@@ -279,13 +279,16 @@ def export(model, tokenizer, folder):
         official = name if name == "lm_head.weight" else f"model.{name}"
         weights[official] = weight.float().cpu().contiguous()
     try:
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            part = Path(temporary, "part")
-            part.mkdir()
+        # All is written before anything appears; an empty folder may be where another disk begins.
+        place = folder if folder.exists() else folder.parent
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place) as temporary:
             for name, text in files.items():
-                (part / name).write_text(text, encoding="utf-8")
-            save_file(weights, part / "model.safetensors", {"format": "pt"})
-            part.replace(folder)
+                Path(temporary, name).write_text(text, encoding="utf-8")
+            save_file(weights, Path(temporary, "model.safetensors"), {"format": "pt"})
+            folder.mkdir(exist_ok=True)
+            for path in Path(temporary).iterdir():
+                path.replace(folder / path.name)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be written: {error}") from error
 
@@ -352,6 +355,8 @@ def sample(args, model, tokenizer):
     if max(start) >= model.config.vocab_size:
         raise UserError(f"prompt: the model has no token {max(start)}")
     room = min(args.max_new_tokens, model.config.context_length - len(start))
+    if room < 1:
+        raise UserError(f"prompt: {len(start)} tokens do not fit into the context with an answer")
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     if device.type == "cpu" and model.num_parameters() < 20_000_000:
@@ -439,7 +444,7 @@ if __name__ == "__main__":
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         main()
-    except (UserError, torch.OutOfMemoryError) as error:
+    except (UserError, PermissionError, torch.OutOfMemoryError) as error:
         raise SystemExit(f"sample.py: error: {error}") from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None

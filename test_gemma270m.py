@@ -1158,7 +1158,6 @@ def test_globs_and_several_files(tmp_path):
     assert prepared(tmp_path, *inputs, val_input=tmp_path / "c*.txt") == ["b", "c", "c"]
 
 
-# Lines of JSON that hold no whole text; a blank line is none of them.
 BAD_ROWS = ['{"text": null}', '{"text": 5}', '{"text": "half \\ud800"}', '{"text": "cut', "[{"]
 
 
@@ -1400,7 +1399,7 @@ def test_faults_of_the_hub_are_retried_or_refused(tmp_path, hub, fault):
         assert documents_in(tmp_path) == STORIES[:100] + STORIES[800:900]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("moment", ["downloads", "learns", "writes"])
 def test_a_signal_ends_it_at_once_and_keeps_what_was_there(tmp_path, hub, number, moment):
     texts = [" ".join(f"mouse{300 * i + j}" for j in range(300)) for i in range(2_000)]
@@ -1557,7 +1556,7 @@ MISTAKES = """
 gemma270m --data_dir=nowhere                    no usable data in nowhere
 gemma270m --data_dir=short                      no usable data in short
 gemma270m --data_dir=beyond                     no usable data in beyond
-gemma270m --preset=finetune                     init.pt
+gemma270m --preset=finetune                     no data/init.pt
 gemma270m --preset=1b                           preset
 gemma270m --device=gpu                          device gpu
 gemma270m --batch=2                             --batch
@@ -1573,7 +1572,8 @@ gemma270m --head_dim=7                          head_dim 7
 gemma270m --vocab_size=39                       vocab_size 39
 gemma270m --block_size=65                       65 tokens exceed the context of 64
 gemma270m --out=no/folder/out.pt                no/folder
-gemma270m --out=data                            data
+gemma270m --out=data                            data is a folder
+gemma270m --out=long.pt                         long.csv exists
 gemma270m --out=out.pt                          out.pt exists: --resume goes on with it, --overwrite
 gemma270m --resume --out=out.pt --emb_dim=24    shape
 gemma270m --resume --out=out.pt --preset=quick  preset tiny
@@ -1597,7 +1597,7 @@ prepare --limit 0                               --limit
 prepare --lim 9                                 --lim
 sample --num_samples=0                          num_samples
 sample --max_new_tokens=-3                      max_new_tokens
-sample --prompt=FILE:long.txt                    do not fit into the context
+sample --prompt=FILE:long.csv                    do not fit into the context
 sample --top_k=-1                               top_k
 sample --top_p=0                                top_p
 sample --top_p=1.1                              top_p
@@ -1628,7 +1628,7 @@ def test_a_mistake_gives_one_line(mistake, data, whole, teller, tmp_path, monkey
     write_documents(Path("a.txt"), ["a"])
     Path("utf16.txt").write_bytes("a story".encode("utf-16"))
     Path("empty.txt").write_bytes(b"\n \n")
-    Path("long.txt").write_text("a" * 2_048)
+    Path("long.csv").write_text("a" * 2_048)
     pyarrow.parquet.write_table(pyarrow.table({"story": ["a"]}), "other.parquet")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     usual = {

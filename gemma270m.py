@@ -628,7 +628,7 @@ stop_times = []  # of the signals that ask the run to end
 
 def request_stop(number, frame):
     """Handles a signal: the first one lets the run save and end, a second one ends it at once."""
-    # A Ctrl-C comes from the terminal and again from torchrun: within a second it is the same one.
+    # A Ctrl-C comes from the terminal and again from torchrun, within a second.
     if stop_times and time.monotonic() - stop_times[0] > 1:
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)
@@ -816,7 +816,7 @@ def main(argv=None):
     elif preset == "auto":
         preset = "270m" if pick_device(values["device"]).type == "cuda" else "tiny"
     values |= PRESETS[preset] | given | {"preset": preset}  # what is given wins
-    said = f"preset {preset} { ({name: values[name] for name in PRESETS[preset]}) }"
+    settings = {name: values[name] for name in PRESETS[preset]}
     if out.exists() and not out.is_file():
         raise UserError(f"out: {out} is a folder or a device, not a file")
     for file in (out, Path(log_path(out))):
@@ -846,13 +846,13 @@ def main(argv=None):
         if not init.exists():
             raise UserError(f"there is no {init}: prepare.py --model writes it")
         model, _ = load_checkpoint(init)
-        say(f"start   from {init}, {said}")
+        say(f"start   from {init}, preset {preset} {settings}")
     else:
         # 3) start from scratch, with a vocabulary of the data's size
         train_data, val_data, meta = load_data(values["data_dir"])
         torch.manual_seed(values["seed"])
         model = Gemma(make(GemmaConfig, values | {"vocab_size": meta["vocab_size"]} | given))
-        say(f"start   from scratch, {said}")
+        say(f"start   from scratch, preset {preset} {settings}")
 
     config = make(TrainConfig, values)
     shape = asdict(model.config)

@@ -515,6 +515,7 @@ def prepare(args):
         limit = limit or (ALL_STORIES if large else SMALL_STORIES)
     name = name or ("gpt2" if large else SMALL_VOCABULARY)
     print(f"Documents: {limit or 'all'} of {source}; tokenizer: {name}", flush=True)
+
     if args.model:
         config, weights, tokenizer = read_model(name)
     elif name.isdecimal():
@@ -528,20 +529,14 @@ def prepare(args):
     new.mkdir(parents=True)
     try:
         if args.model:
-            from gemma270m import save_checkpoint
+            from gemma270m import save_checkpoint  # torch is large and often not needed
 
             save_checkpoint(new / "init.pt", {"model_config": asdict(config), "model": weights})
         for file, text in tokenizer.files.items():
             (new / file).write_text(text, "utf-8")
-        meta = {
-            "source": source,
-            "tokenizer": name,
-            "vocab_size": tokenizer.vocab_size,
-            "dtype": tokenizer.dtype,
-            "bos_token": tokenizer.bos_token,
-            "end_tokens": tokenizer.end_tokens,
-            "tokenizer_files": sorted(tokenizer.files),
-        }
+        meta = {"source": source, "tokenizer": name, "tokenizer_files": sorted(tokenizer.files)}
+        for field in ("vocab_size", "dtype", "bos_token", "end_tokens"):
+            meta[field] = getattr(tokenizer, field)
         for split, text in texts.items():
             if text is None:
                 hold_out(new, meta)

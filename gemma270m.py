@@ -191,8 +191,8 @@ def causal_attention(q, k, v, window, scale):
         1 1 1 1 1       . . 1 1 1
     """
     B, H, T, D = q.shape
-    # Fast: bfloat16 on a GPU, see pick_dtype. Its kernel in case 1 below lets query heads share a
-    # key/value head; everywhere else each query head gets its own copy of it.
+    # Fast: bfloat16 on a GPU, see pick_dtype, and a width that its kernels take. The one in case 1
+    # lets query heads share a key/value head; everywhere else each has its own copy of it.
     fast = q.is_cuda and q.dtype == torch.bfloat16 and D <= 256 and D % 8 == 0
     if not (fast and T <= window):
         k = k.repeat_interleave(H // k.size(1), dim=1)  # (B, H, T, D)
@@ -330,7 +330,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         n = min(4096, LOGITS_AT_ONCE // V)
         for rows, row_targets in zip(x.split(n), targets.split(n)):
             logits = rows @ matrix.T  # (n or fewer, V padded)
-            if ctx.needs_input_grad[0]:  # in training; the head alone is not trained
+            if ctx.needs_input_grad[0]:  # in training: in validation x wants none
                 logits_grad, loss = gradient_and_loss(logits, row_targets, V)
                 x_grads.append(logits_grad @ matrix)
                 part = logits_grad.T @ rows

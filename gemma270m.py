@@ -333,12 +333,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if ctx.needs_input_grad[0]:  # in training: in validation x wants none
                 logits_grad, loss = gradient_and_loss(logits, row_targets, V)
                 x_grads.append(logits_grad @ matrix)
-                part = logits_grad[:, :V].T @ rows
+                part = logits_grad.T @ rows
                 head_grad = part.float() if head_grad is None else head_grad + part
             else:
                 loss = summed_cross_entropy(logits, row_targets, V)
             total += loss
         if x_grads:
+            # Only a padded one is sliced, since autograd cannot add to a slice in place.
+            if len(head_grad) > V:
+                head_grad = head_grad[:V]
             ctx.save_for_backward(torch.cat(x_grads), head_grad)
         return total
 
@@ -382,8 +385,8 @@ class Gemma(nn.Module):
 
     def compile_parts(self, options=None):
         """Compiles what repeats: about as fast as torch.compile(model), and ready much sooner."""
-        for part in (*self.layers, self.norm):
-            part.compile(dynamic=False, options=options)
+        for block in self.layers:
+            block.compile(dynamic=False, options=options)
         self.gradient_and_loss = torch.compile(self.gradient_and_loss, dynamic=False)
 
     def features(self, tokens, start=0, attends=None):

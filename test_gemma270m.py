@@ -72,7 +72,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 
 # ---- What the parts share ------------------------------------------------------------------------
-
 SHAPE = dict(vocab_size=40, context_length=64, emb_dim=16, n_layers=3, n_heads=4, n_kv_groups=2,
              head_dim=8, hidden_dim=24, sliding_window=6, full_attention_every=3,
              query_pre_attn_scalar=8)  # fmt: skip
@@ -204,8 +203,6 @@ class TensorsMade(TorchDispatchMode):
 
 
 # ---- Layers --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @given(scale=st.floats(1e-3, 1e3), eps=st.floats(1e-8, 1e-2), seed=seeds)
 def test_rms_norm_is_that_of_transformers(dtype, scale, eps, seed):
@@ -279,7 +276,6 @@ def test_a_sliding_layer_makes_nothing_of_size_t_by_t():
 
 
 # ---- Model ---------------------------------------------------------------------------------------
-
 shapes = st.builds(
     toy_config,
     emb_dim=st.sampled_from((12, 24)),
@@ -409,8 +405,6 @@ def test_a_dynamically_quantised_model_says_nearly_the_same():
 
 
 # ---- Loss ----------------------------------------------------------------------------------------
-
-
 def loss_in_chunks(model, rows):
     """Lets the loss take so few rows at a time."""
     return mock.patch.object(gemma270m, "LOGITS_AT_ONCE", rows * model.config.vocab_size)
@@ -463,8 +457,6 @@ def test_the_gradient_of_a_confident_bfloat16_row_is_rounded_once(lead, seed):
 
 
 # ---- Generation and its cache --------------------------------------------------------------------
-
-
 @given(temperature=st.floats(0.1, 4), seed=seeds)
 def test_generate_draws_from_the_softmax_at_the_temperature(temperature, seed):
     model = toy_model()
@@ -505,8 +497,6 @@ def test_the_cache_is_exact_and_none_of_its_rings_exceeds_the_window(model, prom
 
 
 # ---- Data, learning rate, validation -------------------------------------------------------------
-
-
 @given(n_blocks=sizes, batch_size=sizes, seed=seeds)
 def test_every_block_comes_once_an_epoch_in_another_order(n_blocks, batch_size, seed):
     order = []
@@ -518,9 +508,11 @@ def test_every_block_comes_once_an_epoch_in_another_order(n_blocks, batch_size, 
 
 
 @given(
-    length=st.integers(2, 60), block_size=sizes, document=st.integers(2, 30),
+    length=st.integers(2, 60),
+    block_size=sizes,
+    document=st.integers(2, 30),
     bos=st.none() | st.just(7),
-)  # fmt: skip
+)
 def test_every_token_is_a_target_once_an_epoch(length, block_size, document, bos):
     tokens = np.arange(100, 100 + length)
     expected = tokens[1:].tolist()
@@ -572,8 +564,6 @@ def test_validation_is_the_same_for_any_batch_size(tokens, block_size, eval_toke
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
-
-
 def column(state, name):
     return [row[name] for row in state["rows"] if name in row]
 
@@ -653,8 +643,6 @@ def test_a_checkpoint_with_a_part_that_does_not_fit_is_refused(whole, data, tmp_
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="session")
 def start(data):
     """A function that starts a process, which executes some code and then a toy run."""
@@ -868,8 +856,6 @@ def test_log_lines_come_at_the_steps_after_each_multiple_and_make_a_table(run, t
 
 
 # ---- Several processes, dtype, device ------------------------------------------------------------
-
-
 def assert_equal_to_rounding(got, expected):
     weights = nn.utils.parameters_to_vector(expected["model"].values())
     error = nn.utils.parameters_to_vector(got["model"].values()) - weights
@@ -955,7 +941,8 @@ def test_a_run_keeps_the_dtype_that_the_hardware_chose_unless_told(run, tmp_path
     assert torch.load(tmp_path / "out.pt")["train_config"]["dtype"] == "bfloat16"
     for max_iters, dtype in ((12, "float32"), (16, "float16"), (20, "bfloat16")):
         state = run(**given, dtype=dtype, max_iters=max_iters)
-        assert state["step"] == max_iters / 2 and bool(state["scaler"]) == (dtype == "float16")
+        assert state["step"] == max_iters / 2
+        assert bool(state["scaler"]) == (dtype == "float16")
 
 
 def test_dtype_follows_the_compute_capability(monkeypatch):
@@ -965,6 +952,7 @@ def test_dtype_follows_the_compute_capability(monkeypatch):
     for major, dtype in ((6, torch.float32), (7, torch.float16), (8, torch.bfloat16)):
         capability.return_value = (major, 5)
         assert gemma270m.pick_dtype("auto", gpu) == dtype
+        assert gemma270m.pick_dtype("float16", gpu) == torch.float16
 
 
 def test_a_gpu_that_torch_cannot_use_is_refused_or_said_aloud(run, monkeypatch, capsys):
@@ -980,8 +968,6 @@ def test_a_gpu_that_torch_cannot_use_is_refused_or_said_aloud(run, monkeypatch, 
 
 
 # ---- Command line --------------------------------------------------------------------------------
-
-
 def test_resume_starts_goes_on_with_its_settings_and_ends(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run(out="out.pt", max_iters=4, preset="auto", resume=True)
@@ -1053,8 +1039,6 @@ any_text = st.text(st.characters(exclude_categories=["Cs"]) | common_characters)
 
 
 # ---- prepare.py ----------------------------------------------------------------------------------
-
-
 def prepared(folder, *inputs, **given):
     """The documents in folder/data that prepare.py makes of the inputs, with bytes as words."""
     given = {"tokenizer": 257, "out_dir": folder / "data", **given}
@@ -1255,7 +1239,6 @@ def test_one_long_document_needs_little_memory(tmp_path):
 
 
 # ---- the hub -------------------------------------------------------------------------------------
-
 STORIES = [f"Story {i} of a mouse that met {i} cats." for i in range(1_000)]
 SHARDS = {  # of the stand-in's TinyStories: stories
     "data/train-00000-of-00002-a1.parquet": STORIES[:400],
@@ -1427,8 +1410,6 @@ def test_a_signal_ends_it_at_once_and_keeps_what_was_there(tmp_path, hub, number
 
 
 # ---- sample.py -----------------------------------------------------------------------------------
-
-
 @given(logits=st.lists(st.floats(-5, 5, width=16), min_size=2, max_size=9, unique=True),
        temperature=st.floats(0.2, 4), top_k=st.none() | st.integers(0, 10),
        top_p=st.none() | st.floats(0.01, 0.99))  # fmt: skip
@@ -1531,6 +1512,16 @@ def test_greedy_text_is_that_of_generate_up_to_any_end_token(teller, tmp_path, c
     assert "1 of 1 ended" in err
 
 
+def test_samples_of_a_batch_differ_and_repeat_with_their_seed(teller, capsys):
+    given = {"num_samples": 3, "top_k": 0, "prompt": "the"}
+    told = tell(capsys, teller, seed=1, **given).out
+    assert tell(capsys, teller, seed=1, **given).out == told
+    assert tell(capsys, teller, seed=2, **given).out != told
+    texts = told.removesuffix("\n").split("\n---------------\n")
+    assert len(set(texts)) == 3
+    assert all(text.startswith("the") for text in texts)
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="this system knows no SIGPIPE")
 def test_as_a_process_it_needs_no_network_and_takes_what_output_there_is(teller, tmp_path):
     def start(prompt, n):
@@ -1551,7 +1542,6 @@ def test_as_a_process_it_needs_no_network_and_takes_what_output_there_is(teller,
 
 
 # ---- Mistakes at the three command lines ---------------------------------------------------------
-
 MISTAKES = """
 gemma270m --data_dir=nowhere                    no usable data in nowhere
 gemma270m --data_dir=short                      no usable data in short
@@ -1644,7 +1634,6 @@ def test_a_mistake_gives_one_line(mistake, data, whole, teller, tmp_path, monkey
 
 
 # ---- Folders of transformers ---------------------------------------------------------------------
-
 CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages %}
     {{ '<start_of_turn>' + message['role'] + '\n' + message['content'] | trim }}<end_of_turn>
 {% endfor %}{% if add_generation_prompt %}<start_of_turn>model
@@ -1920,7 +1909,6 @@ def test_an_export_appears_whole_or_not_at_all(teller, tmp_path, capsys, error):
 
 
 # ---- README.md -----------------------------------------------------------------------------------
-
 README = Path(gemma270m.__file__).with_name("README.md").read_text()
 
 
@@ -1948,8 +1936,7 @@ def test_the_commands_of_the_readme_run(gemma_folder, tmp_path, monkeypatch, cap
             gemma270m.main([*args, *flags(**short, **shape, eval_tokens=64, overwrite=True)])
         else:
             sample.main([*args, "--max_new_tokens", "9"])
-    said = capsys.readouterr()
-    assert "error" not in said.err and said.out.count("\n---------------\n") == 3
+    assert "error" not in capsys.readouterr().err
 
 
 def test_the_readme_is_short_and_its_python_runs():
@@ -1960,8 +1947,6 @@ def test_the_readme_is_short_and_its_python_runs():
 
 
 # ---- GPU -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
 def test_a_gpu_that_is_not_there_is_refused_in_one_line():
     with pytest.raises(gemma270m.UserError, match="device cuda:0 cannot be used.*--device cpu"):
